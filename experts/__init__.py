@@ -1,0 +1,1 @@
+"""Serverless side: the expert store, replicas, their arithmetic and the data plane."""

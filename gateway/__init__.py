@@ -1,0 +1,1 @@
+"""Persistent side: HTTP API, scheduler, KV cache, attention and expert dispatch."""

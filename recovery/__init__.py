@@ -1,0 +1,1 @@
+"""Membership: who is alive, and where it listens."""
