@@ -1,7 +1,8 @@
 """Mutual authentication of two Evermoe processes, without I/O.
 
-Both sides prove that they know the cluster secret (HMAC-SHA256 over both nonces) and learn the other's model fingerprint.
-Three fixed-size messages and a verdict byte; the caller moves the bytes, so the same code serves blocking sockets and asyncio:
+Both sides prove that they know the cluster secret (HMAC-SHA256 over both nonces) and learn the other's model
+fingerprint. Three fixed-size messages and a verdict byte; the caller moves the bytes, so the same code serves
+blocking sockets and asyncio:
 
     client                         server
     hello        ->
@@ -56,7 +57,9 @@ def _unpack(head: bytes, purpose: Purpose) -> tuple[bytes, bytes]:
     if magic != MAGIC:
         raise HandshakeError("the other side does not speak Evermoe's protocol")
     if version != _VERSION:
-        raise HandshakeError(f"the other side speaks protocol version {version}, this one {_VERSION}: upgrade the older")
+        raise HandshakeError(
+            f"the other side speaks protocol version {version}, this one {_VERSION}: upgrade the older"
+        )
     if theirs != purpose:
         raise HandshakeError(f"the connection is for purpose {theirs}, this port serves {purpose.value}")
     return nonce, fingerprint

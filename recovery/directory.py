@@ -1,0 +1,145 @@
+"""The directory in Redis: who is alive, where it listens, what it serves.
+
+An entry is a lease: its owner renews it, and Redis itself forgets it when the owner is gone. Readers are told of
+changes by a message and read again every now and then anyway: a lost message costs a moment, not correctness.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import msgspec
+import redis
+
+LEASE_S = 5.0
+
+
+class DirectoryError(ConnectionError):
+    """Redis cannot be reached; the message names the URL and the remedy."""
+
+
+class ReplicaEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica of an expert unit that is ready for calls."""
+
+    id: str
+    unit: str
+    pid: int
+    node: str
+    host: str
+    """`experts.wire.sockets.host_id` of the replica."""
+    addresses: list[str]
+    experts: list[int]
+    layers: list[int]
+    fingerprint: str
+
+
+class GatewayEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A gateway that takes requests."""
+
+    id: str
+    pid: int
+    node: str
+    host: str
+    addresses: list[str]
+    fingerprint: str
+
+
+Entry = TypeVar("Entry", ReplicaEntry, GatewayEntry)
+
+
+class Directory:
+    """One application's part of a Redis server. Thread-safe; every method may raise `redis.RedisError`."""
+
+    def __init__(self, url: str, namespace: str) -> None:
+        self.url = url
+        self._prefix = f"evermoe:{namespace}:"
+        self._redis = redis.Redis.from_url(url, socket_connect_timeout=2.0, socket_timeout=5.0)
+
+    def ping(self) -> None:
+        """Raise DirectoryError unless Redis answers."""
+        try:
+            self._redis.ping()
+        except (redis.RedisError, OSError) as error:
+            raise DirectoryError(
+                f"Redis at {self.url} does not answer ({error}): start it, or unset REDIS_URL for the embedded one"
+            ) from error
+
+    def secret(self) -> bytes:
+        """The cluster secret of this application, drawn by whoever asks first."""
+        self._redis.set(self._key("secret"), secrets.token_hex(32), nx=True)
+        stored = self._redis.get(self._key("secret"))
+        if not isinstance(stored, bytes):
+            raise redis.RedisError("the cluster secret vanished while it was read")
+        return stored
+
+    def put(self, entry: ReplicaEntry | GatewayEntry) -> None:
+        """Write or renew the lease of `entry`; readers are told where it is new."""
+        role = _role(type(entry))
+        with self._redis.pipeline() as pipe:
+            pipe.set(self._key(role, entry.id), msgspec.json.encode(entry), px=int(LEASE_S * 1000))
+            pipe.sadd(self._key(role), entry.id)
+            added = pipe.execute()[1]
+        if added:
+            self._announce()
+
+    def remove(self, entry: ReplicaEntry | GatewayEntry) -> None:
+        """Give the lease of `entry` back."""
+        role = _role(type(entry))
+        with self._redis.pipeline() as pipe:
+            pipe.delete(self._key(role, entry.id))
+            pipe.srem(self._key(role), entry.id)
+            pipe.execute()
+        self._announce()
+
+    def replicas(self) -> list[ReplicaEntry]:
+        """All live expert replicas, by id."""
+        return self._entries(ReplicaEntry)
+
+    def gateways(self) -> list[GatewayEntry]:
+        """All live gateways, by id."""
+        return self._entries(GatewayEntry)
+
+    def publish(self, document: str, value: bytes, *, only_first: bool = False) -> None:
+        """Store a named document (the plan, say) and tell readers; `only_first` keeps one that is there."""
+        if self._redis.set(self._key(document), value, nx=only_first):
+            self._announce()
+
+    def read(self, document: str) -> bytes | None:
+        """The named document; None where there is none."""
+        value = self._redis.get(self._key(document))
+        return value if isinstance(value, bytes) else None
+
+    @contextlib.contextmanager
+    def changes(self) -> Iterator[Callable[[float], None]]:
+        """Yields a function that waits for the next change, at most so many seconds."""
+        with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]
+            pubsub.subscribe(self._key("changes"))
+
+            def wait(timeout: float) -> None:
+                pubsub.get_message(timeout=timeout)
+
+            yield wait
+
+    def _entries(self, kind: type[Entry]) -> list[Entry]:
+        role = _role(kind)
+        names = sorted(name.decode() for name in self._redis.smembers(self._key(role)))
+        if not names:
+            return []
+        values = self._redis.mget([self._key(role, name) for name in names])
+        expired = [name for name, value in zip(names, values, strict=True) if value is None]
+        if expired:
+            self._redis.srem(self._key(role), *expired)
+        return [msgspec.json.decode(value, type=kind) for value in values if value is not None]
+
+    def _announce(self) -> None:
+        self._redis.publish(self._key("changes"), b"")
+
+    def _key(self, *parts: str) -> str:
+        return self._prefix + ":".join(parts)
+
+
+def _role(kind: type) -> str:
+    return "gateway" if kind is GatewayEntry else "replica"

