@@ -27,7 +27,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Start a sequence; ``emitted`` are tokens a client already has (after the loss of a gateway)."""
+    """Start a sequence; ``emitted`` are tokens a client already has (after the loss of a gateway).
+
+    They count: towards ``max_tokens`` and ``min_tokens``, and as positions of the seeded sampling. No delta repeats them.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -52,6 +55,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The last of ``token_ids`` is a stop token: not part of the text."""
     error: str | None = None
     """With finish reason ``error``: one sentence for the client."""
+    error_status: int = 500
+    """With finish reason ``error``, in HTTP's terms: 400 the request can never run, 500 the gateway failed."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
