@@ -125,10 +125,10 @@ class Directory:
 
     def _entries(self, kind: type[Entry]) -> list[Entry]:
         role = _role(kind)
-        names = sorted(name.decode() for name in self._redis.smembers(self._key(role)))
+        names = sorted(self._redis.smembers(self._key(role)))
         if not names:
             return []
-        values = self._redis.mget([self._key(role, name) for name in names])
+        values = self._redis.mget([f"{self._key(role)}:".encode() + name for name in names])
         expired = [name for name, value in zip(names, values, strict=True) if value is None]
         if expired:
             self._redis.srem(self._key(role), *expired)

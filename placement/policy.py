@@ -1,0 +1,141 @@
+"""The operator's policy: one YAML file that says how experts are cut into deployments, scaled and run.
+
+Unknown keys are refused with the nearest known one; every error names the file, the key and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class PolicyError(ValueError):
+    """The policy file can't be used; the message is one line for the operator."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class UnitPolicy(_Section):
+    """The grain of elasticity: what one Serve deployment holds."""
+
+    experts: int = Field(default=1, ge=1)
+    """Experts in one deployment."""
+    layers: int | Literal["all"] = Field(default="all")
+    """MoE layers in one deployment."""
+
+    @model_validator(mode="after")
+    def _some_layers(self) -> UnitPolicy:
+        if self.layers != "all" and self.layers < 1:
+            raise ValueError("layers: at least 1, or 'all'")
+        return self
+
+
+class ResourcePolicy(_Section):
+    """What Ray reserves for one replica."""
+
+    cpu: float = Field(default=0.0, ge=0)
+    """Logical CPUs. 0 (default) lets the operating system share the cores."""
+    gpu: float = Field(default=0.0, ge=0)
+    """Fraction of a GPU."""
+
+
+class ExpertPolicy(_Section):
+    """Expert deployments."""
+
+    unit: UnitPolicy = UnitPolicy()
+    replicas: int = Field(default=1, ge=0)
+    """Replicas of each unit to start with; 0 runs every expert inline until something scales it."""
+    max_replicas: int = Field(default=8, ge=1)
+    """Most replicas of one unit."""
+    resources: ResourcePolicy = ResourcePolicy()
+    threads: int = Field(default=1, ge=1)
+    """Torch threads of one replica."""
+    min_rows_per_replica: int = Field(default=32, ge=1)
+    """An expert's rows are split over its replicas only in parts of at least this many: a part re-reads the weights."""
+
+    @model_validator(mode="after")
+    def _within_bounds(self) -> ExpertPolicy:
+        if self.replicas > self.max_replicas:
+            raise ValueError(f"replicas: {self.replicas} is more than max_replicas ({self.max_replicas})")
+        return self
+
+
+class GatewayPolicy(_Section):
+    """The persistent side."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """`auto` takes CUDA where there is one."""
+    threads: int = Field(default=0, ge=0)
+    """Torch threads; 0 takes one per core."""
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """Memory for cached keys and values, GiB."""
+    max_batch_tokens: int = Field(default=512, ge=1)
+    """Rows in one step at most: longer prompts are prefilled in chunks."""
+    max_running: int = Field(default=64, ge=1)
+    """Sequences in one step at most."""
+    call_deadline_s: float = Field(default=10.0, gt=0)
+    """A replica that has not answered by then is given up and its rows run elsewhere (usually far sooner)."""
+
+
+class Policy(_Section):
+    """A whole policy file; every part has a default."""
+
+    experts: ExpertPolicy = ExpertPolicy()
+    gateway: GatewayPolicy = GatewayPolicy()
+
+
+def load_policy(path: Path | None) -> Policy:
+    """The policy of a YAML file, or the default one; raise PolicyError naming file, key and remedy."""
+    if path is None:
+        return Policy()
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise PolicyError(f"{path}: can't be read ({error.strerror}): give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        raise PolicyError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    return parse_policy(document, str(path))
+
+
+def parse_policy(document: Any, name: str) -> Policy:
+    """The policy of a parsed document (None: all defaults); `name` is its file in errors."""
+    if document is None:
+        return Policy()
+    if not isinstance(document, dict):
+        raise PolicyError(f"{name}: a policy is a mapping with {_keys(Policy)}, not a {type(document).__name__}")
+    try:
+        return Policy.model_validate(document)
+    except ValidationError as error:
+        raise PolicyError(f"{name}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        reason = first["msg"].removeprefix("Value error, ")
+        return f"{where}: {reason} (got {first['input']!r})" if where else reason
+    *parents, key = first["loc"]
+    section = _section(parents)
+    near = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"known keys: {_keys(section)}"
+    return f"unknown key '{where}': {hint}"
+
+
+def _section(path: list[int | str]) -> type[BaseModel]:
+    section: type[BaseModel] = Policy
+    for name in path:
+        annotation = section.model_fields[str(name)].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    return section
+
+
+def _keys(section: type[BaseModel]) -> str:
+    return ", ".join(section.model_fields)
