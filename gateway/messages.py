@@ -29,7 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Start a sequence; ``emitted`` are tokens a client already has (after the loss of a gateway).
 
-    They count: towards ``max_tokens`` and ``min_tokens``, and as positions of the seeded sampling. No delta repeats them.
+    They count towards ``max_tokens`` and ``min_tokens`` and as positions of seeded sampling; no delta repeats them.
     """
 
     request_id: str
