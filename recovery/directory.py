@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import msgspec
 import redis
 
 LEASE_S = 5.0
+START_S = 30.0
+"""How long a starting process waits for a Redis that starts beside it."""
 
 
 class DirectoryError(ConnectionError):
@@ -58,14 +61,20 @@ class Directory:
         self._prefix = f"evermoe:{namespace}:"
         self._redis = redis.Redis.from_url(url, socket_connect_timeout=2.0, socket_timeout=5.0)
 
-    def ping(self) -> None:
-        """Raise DirectoryError unless Redis answers."""
-        try:
-            self._redis.ping()
-        except (redis.RedisError, OSError) as error:
-            raise DirectoryError(
-                f"Redis at {self.url} does not answer ({error}): start it, or unset REDIS_URL for the embedded one"
-            ) from error
+    def wait(self, patience_s: float = 0.0) -> None:
+        """Return once Redis answers; raise DirectoryError where it does not within `patience_s` seconds."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                self._redis.ping()
+            except (redis.RedisError, OSError) as error:
+                if time.monotonic() >= deadline:
+                    raise DirectoryError(
+                        f"Redis at {self.url} does not answer ({error}): start it, or unset REDIS_URL for the embedded one"
+                    ) from error
+                time.sleep(0.01)
+            else:
+                return
 
     def secret(self) -> bytes:
         """The cluster secret of this application, drawn by whoever asks first."""
@@ -113,19 +122,19 @@ class Directory:
         return value if isinstance(value, bytes) else None
 
     @contextlib.contextmanager
-    def changes(self) -> Iterator[Callable[[float], None]]:
-        """Yields a function that waits for the next change, at most so many seconds."""
+    def changes(self) -> Iterator[Callable[[float], bool]]:
+        """Yields a function that waits for the next change, at most so many seconds, and says whether there was one."""
         with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]
             pubsub.subscribe(self._key("changes"))
 
-            def wait(timeout: float) -> None:
-                pubsub.get_message(timeout=timeout)
+            def wait(timeout: float) -> bool:
+                return pubsub.get_message(timeout=timeout) is not None
 
             yield wait
 
     def _entries(self, kind: type[Entry]) -> list[Entry]:
         role = _role(kind)
-        names = sorted(self._redis.smembers(self._key(role)))
+        names = sorted(cast(set[bytes], self._redis.smembers(self._key(role))))
         if not names:
             return []
         values = self._redis.mget([f"{self._key(role)}:".encode() + name for name in names])

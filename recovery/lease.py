@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import redis
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _RENEW_S = LEASE_S / 4
 _RETRY_S = 0.5
+_STOP_CHECK_S = 0.1
 
 
 class _Background:
@@ -99,4 +101,6 @@ class Watcher(_Background):
         with self._directory.changes() as wait:
             while not self._stop.is_set():
                 self._refresh()
-                wait(self._period)
+                due = time.monotonic() + self._period
+                while not (wait(_STOP_CHECK_S) or self._stop.is_set() or time.monotonic() >= due):
+                    pass

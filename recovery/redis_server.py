@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 from recovery.directory import Directory, DirectoryError
@@ -68,13 +67,8 @@ class RedisServer:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _wait(self) -> None:
-        directory = Directory(self.url, "probe")
-        deadline = time.monotonic() + _START_S
-        while True:
-            try:
-                return directory.ping()
-            except DirectoryError as error:
-                if self._process is None or self._process.poll() is not None or time.monotonic() > deadline:
-                    self.__exit__()
-                    raise DirectoryError("the embedded Redis did not start: set REDIS_URL to one of yours") from error
-                time.sleep(0.01)
+        try:
+            Directory(self.url, "probe").wait(_START_S)
+        except DirectoryError as error:
+            self.__exit__()
+            raise DirectoryError("the embedded Redis did not start: set REDIS_URL to one of yours") from error

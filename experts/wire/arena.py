@@ -70,3 +70,8 @@ class Arena:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def bytes_of(rows: torch.Tensor) -> memoryview:
+    """The memory of contiguous CPU `rows` [N, width], to send from or to receive into."""
+    return rows.view(torch.uint8).numpy().data.cast("B")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from experts.wire import frame, sockets
-from experts.wire.arena import Arena
+from experts.wire.arena import Arena, bytes_of
 from experts.wire.frame import Frame, FrameError, Kind, Segment
 from experts.wire.handshake import ClientHandshake, Purpose
 
@@ -84,7 +84,7 @@ class Channel:
             self._sock.sendall(head.pack())
         else:
             rows = call.arena.rows(call.offset, call.rows, call.width, call.dtype)
-            sockets.send(self._sock, head.pack(), sockets.bytes_of(rows))
+            sockets.send(self._sock, head.pack(), bytes_of(rows))
 
     def receive(self) -> int:
         """Wait for the outstanding call's reply; return the replica's compute time in ns.
@@ -105,7 +105,7 @@ class Channel:
         if reply.kind is not Kind.REPLY or reply.rows != call.rows:
             raise FrameError("a reply that does not fit its call")
         if not self._shares_memory:
-            sockets.read_into(self._sock, sockets.bytes_of(call.results()))
+            sockets.read_into(self._sock, bytes_of(call.results()))
         self.outstanding = None
         return reply.aux
 

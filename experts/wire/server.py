@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from experts.wire import frame, sockets
-from experts.wire.arena import Arena
+from experts.wire.arena import Arena, bytes_of
 from experts.wire.frame import Frame, FrameError, Kind, Segment
 from experts.wire.handshake import HandshakeError, Purpose, ServerHandshake
 
@@ -60,6 +60,11 @@ class ExpertServer:
     def addresses(self) -> list[str]:
         """Where gateways connect to, the cheapest way first."""
         return [sockets.address_of(listener) for listener in self._listeners]
+
+    @property
+    def listening(self) -> bool:
+        """Whether new gateways can still connect."""
+        return all(thread.is_alive() for thread in self._threads)
 
     @property
     def connections(self) -> int:
@@ -177,7 +182,7 @@ class _Connection:
         reply = Frame(
             Kind.REPLY, head.seq, head.layer, head.dtype, head.arena, head.offset, head.rows, head.width, spent
         )
-        payload = [sockets.bytes_of(out)] if head.arena == frame.INLINE else []
+        payload = [bytes_of(out)] if head.arena == frame.INLINE else []
         sockets.send(self._sock, reply.pack(), *payload)
 
     def _shared(self, head: Frame) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,7 +193,7 @@ class _Connection:
 
     def _inline(self, head: Frame) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.empty(head.rows, head.width, dtype=head.dtype)
-        sockets.read_into(self._sock, sockets.bytes_of(rows))
+        sockets.read_into(self._sock, bytes_of(rows))
         return rows, torch.empty_like(rows)
 
 

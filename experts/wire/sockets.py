@@ -10,8 +10,6 @@ import secrets
 import socket
 from pathlib import Path
 
-import torch
-
 from experts.wire import handshake
 
 
@@ -102,11 +100,6 @@ def read(sock: socket.socket, size: int) -> bytearray:
     buffer = bytearray(size)
     read_into(sock, memoryview(buffer))
     return buffer
-
-
-def bytes_of(rows: torch.Tensor) -> memoryview:
-    """The memory of contiguous CPU `rows` [N, width], to send from or to receive into."""
-    return rows.view(torch.uint8).numpy().data.cast("B")
 
 
 def greet(sock: socket.socket, shake: handshake.ClientHandshake) -> None:

@@ -1,0 +1,1 @@
+"""Composition root: everything that puts the parts of Evermoe together."""

@@ -1,0 +1,77 @@
+"""The Serve application: api, gateway, one deployment for each expert unit, and a store where none is given.
+
+serve run deploy.app:build model=/path/to/checkpoint policy=policy.yaml
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+from experts.store import ExpertStore
+from gateway.api.deployment import api_deployment
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+
+from deploy.models import DEFAULT_MODEL, ensure_store
+from experts.deployment import expert_deployment
+from gateway.deployment import gateway_deployment
+from placement.policy import Policy, load_policy
+from placement.unit import make_units
+from recovery.deployment import redis_deployment
+from recovery.directory import Directory
+
+
+class AppArgs(BaseModel):
+    """What ``serve run`` and ``serve deploy`` can set; unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = str(DEFAULT_MODEL)
+    """A checkpoint or a prepared store; on a cluster of several hosts, on a file system they share."""
+    policy: str | None = None
+    """Path of a policy file."""
+    redis_url: str | None = None
+    """A Redis server; default: REDIS_URL, and without that an embedded one (a cluster of one host)."""
+    name: str | None = None
+    """The model's name in the API; default: its folder's."""
+    dtype: str = "auto"
+    """Weights are served in this type: auto (the checkpoint's), float32, bfloat16 or float16."""
+
+
+def build(args: AppArgs) -> serve.Application:
+    """The application for `args`; raise StoreError, PolicyError or DirectoryError for what can't be served."""
+    policy = load_policy(Path(args.policy) if args.policy else None)
+    store = ensure_store(Path(args.model), dtype=args.dtype)
+    redis_url = args.redis_url or os.environ.get("REDIS_URL")
+    if redis_url:
+        Directory(redis_url, "probe").wait()
+        return assemble(store, policy, redis_url, model_name(args))
+    folder = Path(tempfile.gettempdir()) / f"evermoe-{secrets.token_hex(6)}"
+    url = f"unix://{folder}/redis.sock"
+    return assemble(store, policy, url, model_name(args), redis_deployment(url))
+
+
+def model_name(args: AppArgs) -> str:
+    """The name clients use."""
+    return args.name or Path(args.model).resolve().name
+
+
+def assemble(
+    store: ExpertStore, policy: Policy, redis_url: str, name: str, *more: serve.Application
+) -> serve.Application:
+    """The application of a store and a policy that meet in the Redis at `redis_url`; `more` nodes join it."""
+    place = (str(store.path), policy, redis_url, _namespace(store, policy, name))
+    units = make_units(policy.experts.unit, store.manifest.num_experts, store.manifest.moe_layers)
+    path, _, url, namespace = place
+    experts = [expert_deployment(unit, path, policy.experts, url, namespace) for unit in units]
+    return api_deployment(path, name, url, namespace, [gateway_deployment(*place), *experts, *more])
+
+
+def _namespace(store: ExpertStore, policy: Policy, name: str) -> str:
+    """Tells applications on one Redis apart; the same application deployed again finds its place again."""
+    identity = f"{store.manifest.fingerprint} {policy.model_dump_json()} {name}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -1,0 +1,86 @@
+"""`evermoe serve`: starts the service, says where it is and how its experts warm up, and ends it on Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from deploy.launcher import check_port, running
+from deploy.models import DEFAULT_MODEL, ensure_store
+from deploy.status import StatusError, fetch_status
+from placement.policy import load_policy
+from recovery.directory import Directory
+
+_POLL_S = 0.5
+
+
+def serve_model(
+    model: Path | None,
+    *,
+    host: str,
+    port: int,
+    policy_file: Path | None,
+    name: str | None,
+    dtype: str,
+    console: Console,
+) -> None:
+    """Serve until interrupted. Everything that can be wrong is checked before anything is started."""
+    _interrupt_once()
+    policy = load_policy(policy_file)
+    check_port(host, port)
+    redis_url = os.environ.get("REDIS_URL")
+    if redis_url:
+        Directory(redis_url, "probe").wait()
+    source = model or DEFAULT_MODEL
+    store = ensure_store(source, dtype=dtype)
+    served = name or source.resolve().name
+    console.print(f"starting [bold]{served}[/] ({store.manifest.num_experts} experts) ...")
+    with running(store, policy, name=served, host=host, port=port, redis_url=redis_url):
+        url = f"http://{host}:{port}"
+        console.print(
+            f"listening on [bold]{url}[/]   (Ctrl-C stops)\n\ntry it:\n{_example(url, served)}\n", soft_wrap=True
+        )
+        try:
+            _show_warm_up(url, console)
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            console.print("stopping ...")
+
+
+def _interrupt_once() -> None:
+    """The first SIGINT or SIGTERM interrupts whatever is going on; later ones must not cut the cleaning up short."""
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+
+
+def _example(url: str, name: str) -> str:
+    body = f'{{"model": "{name}", "prompt": "def add(a, b):", "max_tokens": 32, "stream": true}}'
+    return f"curl -N {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+def _show_warm_up(url: str, console: Console) -> None:
+    """One live line until every planned replica is ready; requests are answered meanwhile."""
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        while True:
+            try:
+                units = fetch_status(url)["units"]
+            except StatusError:
+                units = []
+            ready, planned = sum(unit["ready"] for unit in units), sum(unit["planned"] for unit in units)
+            if units and ready >= planned:
+                break
+            live.update(f"expert replicas: {ready} of {planned} ready (the gateway runs the others' rows itself)")
+            time.sleep(_POLL_S)
+    console.print(f"all {planned} expert replicas are ready")

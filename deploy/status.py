@@ -1,0 +1,68 @@
+"""`evermoe status`: what a running service says of its experts."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_TIMEOUT_S = 10.0
+
+
+class StatusError(RuntimeError):
+    """The service can't be asked; the message is one line for the operator."""
+
+
+def fetch_status(url: str) -> dict[str, Any]:
+    """The status report of the service at `url`; raise StatusError where none answers with one."""
+    address = url.rstrip("/") + "/evermoe/status"
+    if not address.startswith(("http://", "https://")):
+        raise StatusError(f"{url!r} is no URL: give --url http://HOST:PORT")
+    try:
+        with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:
+            report = json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise StatusError(
+            f"{address} answered {error.code} {error.reason}: is an Evermoe service listening there?"
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise StatusError(
+            f"{address} does not answer ({reason}): start it with `evermoe serve`, or give --url"
+        ) from error
+    return dict(report)
+
+
+def print_status(report: dict[str, Any], console: Console) -> None:
+    """Print the report as one line on the gateways and a table of the expert units."""
+    running = sum(gateway["running"] for gateway in report["gateways"])
+    waiting = sum(gateway["waiting"] for gateway in report["gateways"])
+    console.print(
+        f"[bold]{report['model']}[/]: {len(report['gateways'])} gateway(s), {running} running, {waiting} waiting, "
+        f"{sum(unit['ready'] for unit in report['units'])} of {sum(unit['planned'] for unit in report['units'])} "
+        "expert replicas ready"
+    )
+    table = Table("unit", "ready/planned", "node", "resident layers", "calls")
+    for unit in report["units"]:
+        nodes = sorted({replica["node"][:8] for replica in unit["replicas"]})
+        calls = ", ".join(f"{path} {count}" for path, count in sorted(unit["calls"].items()))
+        table.add_row(
+            unit["unit"], f"{unit['ready']}/{unit['planned']}", " ".join(nodes) or "-",
+            _ranges(sorted({layer for replica in unit["replicas"] for layer in replica["layers"]})) or "-", calls or "-",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-3, 5`` for [0, 1, 2, 3, 5]."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,0 +1,215 @@
+"""Expert dispatch: a layer's rows to the replicas of their experts and back, or through the inline path.
+
+One frame goes to each replica per layer, all of them before any inline row is computed; the answers are combined in a
+fixed order in fp32, so the sum does not depend on who answered first. A replica that fails costs its rows one more
+call elsewhere, nothing else: an expert is a pure function.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import select
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from experts.ffn import ExpertFFN
+
+from experts.wire.arena import Arena
+from experts.wire.channel import Call, CallRefusedError
+from gateway.assignment import Part, assign
+from gateway.fleet import DispatchTable, Fleet, Link
+
+
+class Dispatcher:
+    """The experts function of a gateway's model. Called by the engine's thread only.
+
+    `inline` computes what no replica serves. Its errors propagate; those of replicas never do.
+    """
+
+    def __init__(self, fleet: Fleet, inline: ExpertFFN, experts: int, min_rows: int, deadline_s: float) -> None:
+        self.calls: collections.Counter[tuple[int, int, str]] = collections.Counter()
+        """(layer, expert, path) -> calls; path is ``replica``, ``inline``, ``retry`` or ``hedge``."""
+        self._fleet = fleet
+        self._inline = inline
+        self._experts = experts
+        self._min_rows = min_rows
+        self._deadline_s = deadline_s
+        self._arena: Arena | None = None
+        self._seq = itertools.count(1)
+
+    def __call__(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Run ``hidden [T, H]`` through the experts ``top_k_index [T, K]`` and sum them by ``top_k_weights [T, K]``."""
+        choice = top_k_index.reshape(-1).cpu().numpy()
+        order = np.argsort(choice, kind="stable")
+        counts = np.bincount(choice, minlength=self._experts).tolist()
+        batch = _Batch(layer, hidden, order // top_k_index.shape[1], counts)
+        results, laid = self._run(batch, "replica", frozenset())
+        place = np.empty_like(order)
+        place[order[laid]] = np.arange(len(order))
+        return _combine(results.to(hidden.device), torch.from_numpy(place), top_k_weights).to(hidden.dtype)
+
+    def close(self) -> None:
+        """Give the shared memory back."""
+        self._renew_arena(None)
+
+    def _run(self, batch: _Batch, path: str, avoid: frozenset[str]) -> tuple[torch.Tensor, _Index]:
+        """Compute every row of `batch` on replicas not in `avoid`, or inline; return the answers and their order.
+
+        ``answers[i]`` belongs to the batch's row ``laid[i]``: rows are laid out target by target, so that each target
+        finds its own side by side and one gather serves all.
+        """
+        turn = next(self._seq)
+        table = self._fleet.table
+        remote, inline = assign(batch.counts, lambda e: _usable(table, batch.layer, e, avoid), self._min_rows, turn)
+        targets = [parts for _, parts in remote] + [inline]
+        laid = np.concatenate([np.arange(p.start, p.start + p.rows) for parts in targets for p in parts])
+        arena = self._arena_for(len(laid) * batch.row_bytes)
+        rows = arena.rows(0, len(laid), batch.width, batch.dtype)
+        batch.gather(laid, rows)
+        calls, start = [], 0
+        for link, parts in remote:
+            segments = tuple((p.expert, p.rows) for p in parts)
+            offset = start * batch.row_bytes
+            calls.append((link, Call(turn, batch.layer, arena, offset, batch.width, batch.dtype, segments)))
+            start += calls[-1][1].rows
+            self._count(batch.layer, parts, path)
+        failed = self._send(calls)
+        results = arena.results(0, len(laid), batch.width, batch.dtype)
+        self._run_inline(batch.layer, inline, rows[start:], results[start:])
+        failed += self._collect([item for item in calls if item not in failed])
+        return (self._run_again(batch.layer, failed, rows, results, avoid) if failed else results), laid
+
+    def _send(self, calls: list[_Sent]) -> list[_Sent]:
+        """Send all calls; return those whose replica is gone."""
+        failed = []
+        for link, call in calls:
+            try:
+                link.channel.send(call)
+            except OSError as error:
+                self._fleet.drop(link, str(error))
+                failed.append((link, call))
+        return failed
+
+    def _run_inline(self, layer: int, parts: list[Part], rows: torch.Tensor, results: torch.Tensor) -> None:
+        if not parts:
+            return
+        for expert in {p.expert for p in parts} - self._inline.loaded:
+            self._inline.load(expert)
+        self._inline.compute(layer, [(p.expert, p.rows) for p in parts], rows, results)
+        self._count(layer, parts, "inline")
+
+    def _collect(self, calls: list[_Sent]) -> list[_Sent]:
+        """Wait for all answers; return the calls that got none."""
+        started = time.perf_counter()
+        waiting = {link.channel.fileno(): (link, call) for link, call in calls}
+        poller = select.poll()
+        for fd in waiting:
+            poller.register(fd, select.POLLIN)
+        failed = []
+        while waiting:
+            limits = {fd: link.deadline(self._deadline_s) for fd, (link, _) in waiting.items()}
+            patience = min(limits.values()) - (time.perf_counter() - started)
+            ready = {fd for fd, _ in poller.poll(max(0.0, patience) * 1000)}
+            spent = time.perf_counter() - started
+            for fd in ready or {fd for fd, limit in limits.items() if limit <= spent}:
+                poller.unregister(fd)
+                link, call = waiting.pop(fd)
+                if not self._receive(link, spent, answered=bool(ready)):
+                    failed.append((link, call))
+        return failed
+
+    def _receive(self, link: Link, spent: float, *, answered: bool) -> bool:
+        try:
+            if not answered:
+                raise TimeoutError(f"no answer in {spent:.3f} s")
+            link.channel.receive()
+        except (OSError, CallRefusedError) as error:
+            self._fleet.drop(link, str(error) or type(error).__name__)
+            return False
+        link.observe(spent)
+        return True
+
+    def _run_again(
+        self, layer: int, failed: list[_Sent], rows: torch.Tensor, results: torch.Tensor, avoid: frozenset[str]
+    ) -> torch.Tensor:
+        """Run the rows of `failed` calls elsewhere and return all results, these included."""
+        self._renew_arena(None)  # a replica that merely hangs may still write into this one
+        results = results.clone()
+        avoid |= {link.entry.id for link, _ in failed}
+        for _, call in failed:
+            start = call.offset // (call.width * call.dtype.itemsize)
+            mine = rows[start : start + call.rows]
+            counts = [0] * self._experts
+            for expert, count in call.segments:
+                counts[expert] += count
+            again, laid = self._run(_Batch(layer, mine, np.arange(call.rows), counts), "retry", avoid)
+            results[start + torch.from_numpy(laid)] = again
+        return results
+
+    def _count(self, layer: int, parts: list[Part], path: str) -> None:
+        for part in parts:
+            self.calls[layer, part.expert, path] += 1
+
+    def _arena_for(self, size: int) -> Arena:
+        if self._arena is None or self._arena.capacity < size:
+            self._renew_arena(Arena.create(size))
+        assert self._arena is not None
+        return self._arena
+
+    def _renew_arena(self, arena: Arena | None) -> None:
+        if self._arena is not None:
+            self._arena.close()
+        self._arena = arena
+
+
+_Sent = tuple[Link, Call]
+_Index = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Rows of one layer in expert order: row i is ``hidden[source[i]]``, the first ``counts[0]`` are expert 0's."""
+
+    layer: int
+    hidden: torch.Tensor
+    source: _Index
+    counts: list[int]
+
+    @property
+    def width(self) -> int:
+        return self.hidden.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    def gather(self, laid: _Index, out: torch.Tensor) -> None:
+        """Write the rows named by `laid` to `out` (on the CPU)."""
+        index = torch.from_numpy(self.source[laid])
+        if self.hidden.device.type == "cpu":
+            torch.index_select(self.hidden, 0, index, out=out)
+        else:
+            out.copy_(self.hidden.index_select(0, index.to(self.hidden.device)))
+
+
+def _usable(table: DispatchTable, layer: int, expert: int, avoid: frozenset[str]) -> Sequence[Link]:
+    links = table.copies(layer, expert)
+    return [link for link in links if link.entry.id not in avoid] if avoid else links
+
+
+def _combine(results: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum ``results[place]`` ([T * K, H]) by ``weights [T, K]`` in fp32, k by k."""
+    tokens, top_k = weights.shape
+    mine = results.index_select(0, place.to(results.device)).view(tokens, top_k, -1)
+    return (mine.float() * weights.float().unsqueeze(-1)).sum(1)
