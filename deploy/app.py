@@ -11,13 +11,13 @@ import secrets
 import tempfile
 from pathlib import Path
 
-from experts.store import ExpertStore
-from gateway.api.deployment import api_deployment
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 
 from deploy.models import DEFAULT_MODEL, ensure_store
 from experts.deployment import expert_deployment
+from experts.store import ExpertStore
+from gateway.api.deployment import api_deployment
 from gateway.deployment import gateway_deployment
 from placement.policy import Policy, load_policy
 from placement.unit import make_units

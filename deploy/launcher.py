@@ -1,4 +1,4 @@
-"""Serves one model on this machine: embedded Redis, a Ray cluster of its own, the Serve application; all gone at the end."""
+"""Serves one model on this machine: embedded Redis, a Ray cluster of its own, the Serve application."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experts.store import ExpertStore
-
 from placement.policy import Policy
 
 APP = "evermoe"
@@ -43,7 +42,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise LaunchError(
-                f"port {port} on {host} can't be used ({error.strerror}): stop what listens there or choose another --port"
+                f"port {port} on {host} can't be used ({error.strerror}): free it or choose another --port"
             ) from error
 
 

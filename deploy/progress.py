@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experts.store import ExpertStore, prepare
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from experts.store import ExpertStore, prepare
 
 
 def prepare_with_progress(model: Path, store: Path, dtype: str, console: Console) -> ExpertStore:

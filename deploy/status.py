@@ -49,11 +49,10 @@ def print_status(report: dict[str, Any], console: Console) -> None:
     table = Table("unit", "ready/planned", "node", "resident layers", "calls")
     for unit in report["units"]:
         nodes = sorted({replica["node"][:8] for replica in unit["replicas"]})
+        layers = sorted({layer for replica in unit["replicas"] for layer in replica["layers"]})
         calls = ", ".join(f"{path} {count}" for path, count in sorted(unit["calls"].items()))
-        table.add_row(
-            unit["unit"], f"{unit['ready']}/{unit['planned']}", " ".join(nodes) or "-",
-            _ranges(sorted({layer for replica in unit["replicas"] for layer in replica["layers"]})) or "-", calls or "-",
-        )  # fmt: skip
+        cells = (unit["unit"], f"{unit['ready']}/{unit['planned']}", " ".join(nodes), _ranges(layers), calls)
+        table.add_row(*(cell or "-" for cell in cells))
     console.print(table)
 
 

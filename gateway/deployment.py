@@ -9,10 +9,10 @@ from pathlib import Path
 
 import ray
 import torch
-from experts.ffn import ExpertFFN
-from experts.store import ExpertStore, Manifest
 from ray import serve
 
+from experts.ffn import ExpertFFN
+from experts.store import ExpertStore, Manifest
 from experts.wire.sockets import host_id
 from gateway.dispatch import Dispatcher
 from gateway.engine import Engine, EngineSettings

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from experts.ffn import ExpertFFN
 
+from experts.ffn import ExpertFFN
 from experts.wire.arena import Arena
 from experts.wire.channel import Call, CallRefusedError
 from gateway.assignment import Part, assign

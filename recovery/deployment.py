@@ -1,4 +1,4 @@
-"""The Serve deployment of the embedded Redis, for applications that no launcher started and that were given no server."""
+"""The Serve deployment of the embedded Redis, where neither a launcher nor the operator brings a server."""
 
 from __future__ import annotations
 

@@ -69,9 +69,8 @@ class Directory:
                 self._redis.ping()
             except (redis.RedisError, OSError) as error:
                 if time.monotonic() >= deadline:
-                    raise DirectoryError(
-                        f"Redis at {self.url} does not answer ({error}): start it, or unset REDIS_URL for the embedded one"
-                    ) from error
+                    remedy = "start it, or unset REDIS_URL for the embedded one"
+                    raise DirectoryError(f"Redis at {self.url} does not answer ({error}): {remedy}") from error
                 time.sleep(0.01)
             else:
                 return

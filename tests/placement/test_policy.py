@@ -53,7 +53,7 @@ def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match="none.yaml: can't be read"):
+    with pytest.raises(PolicyError, match=r"none\.yaml: can't be read"):
         load_policy(tmp_path / "none.yaml")
 
 
