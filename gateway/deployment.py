@@ -31,7 +31,9 @@ from recovery.lease import Lease
 class GatewayReplica:
     """Serve makes one for each gateway. It answers before any expert has a replica: rows then run inline."""
 
-    async def __init__(self, store: str, policy: Policy, redis_url: str, namespace: str) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, store: str, policy: Policy, redis_url: str, namespace: str
+    ) -> None:
         torch.set_num_threads(policy.gateway.threads or os.cpu_count() or 1)
         opened = ExpertStore.open(Path(store))
         directory = Directory(redis_url, namespace)
