@@ -1,0 +1,133 @@
+"""Gateways that come and go: connections to all of them, and sequences that survive the loss of one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+
+import msgspec
+
+from gateway.link.client import GatewayClient, GatewayLostError
+from gateway.messages import Delta, GatewayStatus, Submit
+
+log = logging.getLogger(__name__)
+
+_REFRESH_S = 2.0
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+_LOSSES = 3
+"""A sequence that lost this many gateways in a row, without a token in between, may be what brings them down."""
+
+Addresses = Callable[[], Awaitable[Sequence[str]]]
+"""Lists the gateways there are, one address each."""
+
+
+class GatewayPool:
+    """Chooses a gateway for each sequence and moves the sequence when its gateway is lost.
+
+    `patience_s` bounds how long a sequence waits for a gateway, each time it needs one. An async context manager.
+    """
+
+    def __init__(self, addresses: Addresses, secret: bytes, fingerprint: str, *, patience_s: float = 30.0) -> None:
+        self.patience_s = patience_s
+        self._addresses = addresses
+        self._secret = secret
+        self._fingerprint = fingerprint
+        self._clients: dict[str, GatewayClient] = {}
+        self._listed: Sequence[str] = ()
+        self._refreshed = -_REFRESH_S
+        self._failure = "no gateway is listed"
+        self._lock = asyncio.Lock()
+
+    async def __aenter__(self) -> GatewayPool:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Hang up on every gateway."""
+        await asyncio.gather(*(client.aclose() for client in self._clients.values()))
+        self._clients.clear()
+
+    async def client(self, patience_s: float | None = None) -> GatewayClient:
+        """The connected gateway with the fewest sequences; raise GatewayLostError if none comes within the patience."""
+        patience = self.patience_s if patience_s is None else patience_s
+        deadline = time.monotonic() + patience
+        pause = _FIRST_PAUSE_S
+        while True:
+            await self._refresh()
+            if (client := self._choose()) is not None:
+                return client
+            if time.monotonic() + pause > deadline:
+                raise GatewayLostError(f"No gateway answered within {patience:g} s: {self._failure}.")
+            await asyncio.sleep(pause)  # not a hand-over: nobody tells us when a gateway starts elsewhere
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    async def generate(self, submit: Submit) -> AsyncGenerator[Delta, None]:
+        """Yield the sequence's deltas, every token once, whatever happens to the gateways meanwhile.
+
+        Raise GatewayLostError when no gateway comes back within the patience, or none stands the sequence.
+        """
+        emitted = list(submit.emitted)
+        attempts = losses = 0
+        while True:
+            attempts += 1
+            # A fresh id: the gateway may not have noticed yet that the connection before this one is gone.
+            attempt = msgspec.structs.replace(submit, request_id=f"{submit.request_id}~{attempts}", emitted=emitted)
+            client = await self.client()
+            try:
+                async with aclosing(client.generate(attempt)) as deltas:
+                    async for delta in deltas:
+                        emitted.extend(delta.token_ids)
+                        losses = 0
+                        yield delta
+                return
+            except GatewayLostError as error:
+                losses += 1
+                if losses == _LOSSES:
+                    raise GatewayLostError(f"The request was given up: {losses} gateways were lost. {error}") from error
+                log.warning("%s Request %s moves on with %d tokens.", error, submit.request_id, len(emitted))
+
+    async def status(self) -> list[GatewayStatus]:
+        """Every connected gateway's counters; raise GatewayLostError where there is none at once."""
+        await self.client(patience_s=0)
+        answers = await asyncio.gather(
+            *(client.status() for client in self._clients.values() if client.alive), return_exceptions=True
+        )
+        return [answer for answer in answers if isinstance(answer, GatewayStatus)]
+
+    def _choose(self) -> GatewayClient | None:
+        """Listed gateways first: one that left the list but still answers is draining."""
+        alive = [client for client in self._clients.values() if client.alive]
+        listed = [client for client in alive if client.address in self._listed]
+        return min(listed or alive, key=lambda client: client.sequences, default=None)
+
+    async def _refresh(self) -> None:
+        """Connect to new gateways and drop lost ones: now and then while some answer, at once while none does."""
+        async with self._lock:
+            age = time.monotonic() - self._refreshed
+            if age < (_REFRESH_S if self._choose() is not None else _FIRST_PAUSE_S):
+                return
+            await self._list()
+            for address in [address for address, client in self._clients.items() if not client.alive]:
+                await self._clients.pop(address).aclose()
+            await asyncio.gather(*(self._connect(address) for address in self._listed if address not in self._clients))
+            self._refreshed = time.monotonic()
+
+    async def _list(self) -> None:
+        try:
+            self._listed = await self._addresses()
+        except Exception as error:  # whatever the directory's client raises: go on with the list we have
+            self._failure = f"the list of gateways is unreadable ({error})"
+            log.warning("the list of gateways is unreadable, going on with %d known: %s", len(self._listed), error)
+
+    async def _connect(self, address: str) -> None:
+        try:
+            self._clients[address] = await GatewayClient.connect(address, self._secret, self._fingerprint)
+        except OSError as error:
+            self._failure = f"the gateway at {address} refused the connection ({str(error) or type(error).__name__})"
+            log.info("%s", self._failure)

@@ -1,0 +1,192 @@
+"""A pool of gateways that come and go, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from functools import partial
+
+import pytest
+
+from experts.wire import sockets
+from gateway.link import GatewayLostError, GatewayPool, framing
+from tests.gateway.fake_engine import MODEL, SECRET, FakeEngine, expected, serve, submit, tokens_of
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Relay:
+    """A gateway's door that can be slammed: forwards bytes until `slam`."""
+
+    def __init__(self, target: str, after_bytes: int | None = None) -> None:
+        self._target = target
+        self._left = after_bytes
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Relay:
+        listener = sockets.listen_unix()
+        self.address = sockets.address_of(listener)
+        self._server = await asyncio.start_unix_server(self._forward, sock=listener)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.slam()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def slam(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        upstream = await asyncio.open_unix_connection(str(sockets.parse(self._target)))
+        try:
+            await asyncio.wait(
+                [
+                    asyncio.create_task(self._pump(reader, upstream[1], counted=False)),
+                    asyncio.create_task(self._pump(upstream[0], writer, counted=True)),
+                ],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            writer.transport.abort()
+            upstream[1].transport.abort()
+            self._tasks.discard(task)
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, counted: bool) -> None:
+        while data := await source.read(65536):
+            if counted and self._left is not None:
+                data, self._left = data[: self._left], self._left - len(data)
+                sink.write(data)
+                if self._left <= 0:
+                    await sink.drain()
+                    return
+            else:
+                sink.write(data)
+
+
+class TestPool:
+    async def test_a_stream_survives_the_loss_of_its_gateway(self) -> None:
+        first, second = FakeEngine(paced=True), FakeEngine()
+        listed: list[str] = []
+
+        async def addresses() -> list[str]:
+            return listed
+
+        async with serve(first) as doomed, serve(second) as spare, Relay(doomed.addresses[0]) as relay:
+            listed.append(relay.address)
+            async with GatewayPool(addresses, SECRET, MODEL) as pool, aclosing(pool.generate(submit())) as deltas:
+                first.allow(2)
+                tokens = [*(await anext(deltas)).token_ids, *(await anext(deltas)).token_ids]
+                listed[:] = spare.addresses
+                relay.slam()
+                async for delta in deltas:
+                    tokens += delta.token_ids
+                assert delta.finish_reason == "length"
+        assert tokens == expected((1, 2, 3), 5)
+        assert second.submitted[0].emitted == tokens[:2]
+
+    @pytest.mark.parametrize("cut", [130, 160, 200, 300, 500, 900])
+    async def test_wherever_the_connection_breaks_no_token_is_lost_or_doubled(self, cut: int) -> None:
+        async with serve(FakeEngine()) as server, Relay(server.addresses[0], after_bytes=cut) as relay:
+            listed = [[relay.address], server.addresses]
+
+            async def addresses() -> list[str]:
+                return listed.pop(0) if len(listed) > 1 else listed[0]
+
+            async with GatewayPool(addresses, SECRET, MODEL) as pool:
+                assert await tokens_of(pool, submit(max_tokens=40)) == expected((1, 2, 3), 40)
+
+    async def test_a_request_waits_for_a_gateway_that_starts_late(self) -> None:
+        listed: list[str] = []
+        asked = asyncio.Event()
+
+        async def addresses() -> list[str]:
+            asked.set()
+            return listed
+
+        async with GatewayPool(addresses, SECRET, MODEL) as pool:
+            waiting = asyncio.create_task(tokens_of(pool, submit()))
+            await asked.wait()
+            async with serve(FakeEngine()) as server:
+                listed += server.addresses
+                assert await waiting == expected((1, 2, 3), 5)
+
+    async def test_patience_ends_with_one_sentence(self) -> None:
+        async def addresses() -> list[str]:
+            return ["unix:@evermoe-nobody"]
+
+        async with GatewayPool(addresses, SECRET, MODEL, patience_s=0.1) as pool:
+            with pytest.raises(
+                GatewayLostError, match=r"^No gateway answered within 0\.1 s: .*evermoe-nobody"
+            ) as caught:
+                await tokens_of(pool, submit())
+        assert "\n" not in str(caught.value)
+
+    async def test_a_request_that_takes_every_gateway_down_is_given_up(self) -> None:
+        async def die_of_it(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            link = await framing.Link.accept(reader, writer, SECRET, MODEL, 5.0)
+            await link.receive()
+            link.abort()
+
+        listener = sockets.listen_unix()
+
+        async def addresses() -> list[str]:
+            return [sockets.address_of(listener)]
+
+        async with (
+            await asyncio.start_unix_server(die_of_it, sock=listener),
+            GatewayPool(addresses, SECRET, MODEL) as pool,
+        ):
+            with pytest.raises(GatewayLostError, match="3 gateways were lost"):
+                await tokens_of(pool, submit())
+
+    async def test_sequences_go_to_the_gateway_with_the_fewest(self) -> None:
+        engines = [FakeEngine(paced=True), FakeEngine(paced=True)]
+        async with serve(engines[0]) as one, serve(engines[1]) as two:
+
+            async def addresses() -> list[str]:
+                return [one.addresses[0], two.addresses[0]]
+
+            async with GatewayPool(addresses, SECRET, MODEL) as pool:
+                tasks = [asyncio.create_task(tokens_of(pool, submit(f"r{n}"))) for n in range(6)]
+                for engine in engines:
+                    await asyncio.to_thread(engine.wait_until, partial(getattr, engine, "has_work"))
+                    engine.allow(100)
+                await asyncio.gather(*tasks)
+        assert [len(engine.submitted) for engine in engines] == [3, 3]
+
+    async def test_an_unreadable_directory_does_not_stop_a_pool_that_is_connected(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("gateway.link.pool._REFRESH_S", 0.0)
+        async with serve(FakeEngine()) as server:
+            answers: list[list[str] | Exception] = [server.addresses, RuntimeError("Redis is gone")]
+
+            async def addresses() -> list[str]:
+                answer = answers.pop(0) if len(answers) > 1 else answers[0]
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+
+            async with GatewayPool(addresses, SECRET, MODEL) as pool:
+                for _ in range(3):
+                    assert await tokens_of(pool, submit()) == expected((1, 2, 3), 5)
+        assert "Redis is gone" in caplog.text
+
+    async def test_status_lists_every_gateway(self) -> None:
+        async with serve(FakeEngine()) as one, serve(FakeEngine()) as two:
+
+            async def addresses() -> list[str]:
+                return [one.addresses[0], two.addresses[0]]
+
+            async with GatewayPool(addresses, SECRET, MODEL) as pool:
+                assert len(await pool.status()) == 2
