@@ -1,0 +1,172 @@
+"""The arithmetic of a slice: rows through one expert of one layer, for any family.
+
+Common families (SwiGLU) are plain torch here, without transformers: importing modeling code costs a replica seconds and
+a hundred megabytes. Gates that only the family knows (interleaved, clamped) and norms after an expert are asked of the
+family's own experts module, built on the meta device.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from experts.manifest import SliceForm
+from experts.store import ExpertStore
+
+_ACTIVATIONS = {"silu": F.silu}
+
+
+@dataclass(frozen=True)
+class SliceWeights:
+    """Matrices `[in, out]` and biases `[out]` of one slice; `up` is gate and up projection together if gated."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, params: dict[str, torch.Tensor], form: SliceForm) -> "SliceWeights":
+        """Views of a slice's parameters as the store names them."""
+        name = "gate_up_proj" if form.gated else "up_proj"
+        up, down = params[name], params["down_proj"]
+        if not form.transposed:
+            up, down = up.t(), down.t()
+        return cls(up, down, params.get(f"{name}_bias"), params.get("down_proj_bias"))
+
+
+class ExpertFFN:
+    """The pure function of a slice on `device`, for the experts that are loaded.
+
+    On a CPU the weights stay memory-mapped: loading costs no memory of its own and `unload` gives back the address
+    space. Other devices get a copy. Experts may be loaded and unloaded while another thread computes.
+    """
+
+    def __init__(self, store: ExpertStore, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._store = store
+        self._form = store.manifest.form
+        self._slices: dict[int, dict[int, SliceWeights]] = {}
+        self._modules = {} if self._form.activation else _experts_modules(store)
+
+    @property
+    def loaded(self) -> frozenset[int]:
+        """Experts that are loaded now."""
+        return frozenset(self._slices)
+
+    def load(self, expert: int) -> None:
+        """Map the expert's weights, or copy them to the device; nothing happens if that was done.
+
+        Raises:
+            StoreError: there is no such expert, or its file is damaged.
+        """
+        if expert not in self._slices:
+            self._slices[expert] = self._load(expert)
+
+    def unload(self, expert: int) -> None:
+        """Let go of the expert's weights, if they are loaded."""
+        self._slices.pop(expert, None)
+
+    def __call__(self, layer: int, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        """The expert's output `[T, H]` for `rows [T, H]`, without router weights; see `compute`."""
+        out = torch.empty_like(rows)
+        self.compute(layer, [(expert, len(rows))], rows, out)
+        return out
+
+    @torch.no_grad()
+    def compute(self, layer: int, segments: Sequence[tuple[int, int]], rows: torch.Tensor, out: torch.Tensor) -> None:
+        """Write into `out [N, H]` what the experts of `layer` make of `rows [N, H]`, without router weights.
+
+        `segments` are (expert, number of rows), in the order of the rows; `rows` have the model's dtype, and `out` too.
+        An expert that is not loaded is loaded first.
+
+        Raises:
+            LookupError: `layer` has no experts.
+            ValueError: the segments do not cover the rows.
+            StoreError: there is no such expert, or its file is damaged.
+        """
+        if sum(count for _, count in segments) != len(rows):
+            raise ValueError(f"segments {segments} do not add up to {len(rows)} rows")
+        weights = [self._slice(layer, expert) for expert, _ in segments]
+        if rows.device == self.device == out.device:
+            self._compute(layer, _cut(segments), weights, rows, out)
+        else:
+            result = torch.empty_like(rows, device=self.device)
+            self._compute(layer, _cut(segments), weights, rows.to(self.device), result)
+            out.copy_(result)
+
+    def _compute(
+        self, layer: int, cuts: list[slice], weights: list[SliceWeights], rows: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        # All first products, one activation for all rows, all second products: fewer and longer operations.
+        inner = rows.new_empty(len(rows), weights[0].up.shape[1]) if weights else rows
+        for cut, slice_ in zip(cuts, weights, strict=True):
+            _linear(rows[cut], slice_.up, slice_.up_bias, inner[cut])
+        inner = self._activate(layer, inner)
+        for cut, slice_ in zip(cuts, weights, strict=True):
+            _linear(inner[cut], slice_.down, slice_.down_bias, out[cut])
+        if self._form.normed:
+            out.copy_(self._modules[layer].post_expert_norm(out))  # type: ignore[operator]
+
+    def _activate(self, layer: int, inner: torch.Tensor) -> torch.Tensor:
+        activation = _ACTIVATIONS.get(self._form.activation or "")
+        if activation is not None and self._form.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            return activation(gate).mul_(up)
+        if activation is not None:
+            return activation(inner)
+        module = self._modules[layer]
+        apply = module._apply_gate if self._form.gated else module.act_fn
+        result: torch.Tensor = apply(inner)  # type: ignore[operator]
+        return result
+
+    def _slice(self, layer: int, expert: int) -> SliceWeights:
+        layers = self._slices.get(expert)
+        if layers is None:  # not loaded yet, or unloaded by another thread a moment ago
+            layers = self._slices[expert] = self._load(expert)
+        if layer not in layers:
+            raise LookupError(f"layer {layer} of {self._store.path} has no experts")
+        return layers[layer]
+
+    def _load(self, expert: int) -> dict[int, SliceWeights]:
+        layers = {}
+        for layer, params in self._store.expert(expert).items():
+            params = {name: tensor.to(self.device) for name, tensor in params.items()}
+            if self._modules:
+                _give_shared(self._modules[layer], params)
+            layers[layer] = SliceWeights.of(params, self._form)
+        return layers
+
+
+def _cut(segments: Iterable[tuple[int, int]]) -> list[slice]:
+    cuts, start = [], 0
+    for _, count in segments:
+        cuts.append(slice(start, start + count))
+        start += count
+    return cuts
+
+
+def _linear(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    if bias is None:
+        torch.mm(rows, matrix, out=out)
+    else:
+        torch.addmm(bias, rows, matrix, out=out)
+
+
+def _experts_modules(store: ExpertStore) -> dict[int, nn.Module]:
+    """The family's experts modules by layer, without weights."""
+    from experts import families
+
+    return families.moe_modules(families.meta_model(store.config(), getattr(torch, store.manifest.dtype)))
+
+
+def _give_shared(module: nn.Module, params: dict[str, torch.Tensor]) -> None:
+    """Give an experts module the parameters that all its experts have in common."""
+    from experts import families
+
+    for name, tensor in params.items():
+        if not families.is_batched(name):
+            path, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(path), leaf, nn.Parameter(tensor.clone(), requires_grad=False))
