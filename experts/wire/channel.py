@@ -114,6 +114,10 @@ class Channel:
         with contextlib.suppress(OSError):
             self._sock.close()
 
+    def __del__(self) -> None:
+        """A channel that left the dispatch table is closed once the engine's thread has let go of it too."""
+        self.close()
+
     def _attach(self, arena: Arena) -> None:
         announce = Frame(Kind.ATTACH, 0, arena=arena.id, aux=2 * arena.capacity).pack()
         fds = array.array("i", [arena.fd])
