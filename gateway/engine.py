@@ -1,0 +1,188 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gateway.batch import build_batch
+from gateway.blocks import BlockPool
+from gateway.kv_cache import KVCache, blocks_in
+from gateway.messages import Delta, SamplingParams, Submit
+from gateway.model import GatewayModel
+from gateway.sampler import INVALID, sample
+from gateway.scheduler import Scheduler, Work
+from gateway.sequence import Sequence
+
+log = logging.getLogger(__name__)
+
+
+class RequestError(ValueError):
+    """A request that can never run; the message is for the client."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How much the engine holds and does at a time."""
+
+    kv_cache_gib: float = 1.0
+    """Memory for keys and values, in GiB; it is touched only as far as it is used."""
+    block_size: int = 16
+    """Tokens per cache block."""
+    token_budget: int = 512
+    """Tokens a step computes at most: decoding sequences take one each, chunks of prompts the rest."""
+    max_sequences: int = 64
+    """Sequences that run at once; more wait."""
+
+
+class Engine:
+    """Runs any number of requests on one model. Not thread-safe: one owner adds, cancels and steps."""
+
+    def __init__(
+        self,
+        model: GatewayModel,
+        settings: EngineSettings | None = None,
+        *,
+        draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+    ) -> None:
+        """Raise ValueError for settings that cannot work. `draw_seed` gives the seed of requests without one."""
+        settings = settings or EngineSettings()
+        blocks = blocks_in(settings.kv_cache_gib, model.kv_shapes, model.dtype, settings.block_size)
+        self.model = model
+        self.pool = BlockPool(blocks, settings.block_size)
+        self.cache = KVCache(
+            model.kv_shapes, blocks=blocks, block_size=settings.block_size, dtype=model.dtype, device=model.device
+        )
+        self.scheduler = Scheduler(self.pool, token_budget=settings.token_budget, max_sequences=settings.max_sequences)
+        self._draw_seed = draw_seed
+        self._sequences: dict[str, Sequence] = {}
+        self._finished: list[Delta] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._finished) or self.scheduler.has_work
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a place in the batch."""
+        return len(self.scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for one."""
+        return len(self.scheduler.waiting)
+
+    def step(self) -> list[Delta]:
+        """Compute one batch: what it added to each sequence. A failure ends the sequences it hit, no others."""
+        deltas, self._finished = self._finished, []
+        works = self.scheduler.schedule()
+        if not works:
+            return deltas
+        try:
+            batch = build_batch(works, self.cache, rope=self.model.rope, device=self.model.device)
+            logits = self.model.forward(batch)
+            tokens = sample(logits, batch.sampled)
+        except Exception as failure:
+            return deltas + self._fail(works, failure)
+        self.scheduler.advance(works)
+        return deltas + [self._emit(sequence, token) for sequence, token in zip(batch.sampled, tokens, strict=True)]
+
+    def add(self, request: Submit) -> None:
+        """Queue `request`; raise RequestError for one that can never run."""
+        self._check(request)
+        params, emitted = request.params, request.emitted
+        sequence = Sequence(
+            request_id=request.request_id,
+            params=params,
+            tokens=[*request.prompt_token_ids, *emitted],
+            prompt_length=len(request.prompt_token_ids),
+            seed=self._draw_seed() if params.seed is None else params.seed,
+        )
+        reason = _finish_reason(sequence) if emitted else None
+        if reason is not None:  # its client has every token, and only missed the end
+            self._finished.append(Delta(request_id=request.request_id, token_ids=[], finish_reason=reason))
+            return
+        try:
+            self.scheduler.submit(sequence)
+        except ValueError as error:
+            raise RequestError(f"This request can never run: {error}; raise gateway.kv_cache_gib.") from error
+        self._sequences[request.request_id] = sequence
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request and free what it holds; unknown ids are ignored."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self.scheduler.finish(sequence)
+
+    def _emit(self, sequence: Sequence, token: int) -> Delta:
+        if token == INVALID:
+            return self._end_in_error(sequence, "The model's output is not a number; the request was ended.")
+        sequence.tokens.append(token)
+        if self.model.rope is not None and len(sequence.tokens) == self.model.rope.restart_length:
+            sequence.computed = 0
+        reason = _finish_reason(sequence)
+        if reason is not None:
+            self.cancel(sequence.request_id)
+        return Delta(
+            request_id=sequence.request_id,
+            token_ids=[token],
+            finish_reason=reason,
+            stop_token=reason == "stop",
+        )
+
+    def _fail(self, works: list[Work], failure: Exception) -> list[Delta]:
+        log.error("a step of %d sequences failed; they end in an error", len(works), exc_info=failure)
+        sentence = f"The gateway could not compute the next token ({type(failure).__name__}); the request was ended."
+        return [self._end_in_error(work.sequence, sentence) for work in works]
+
+    def _end_in_error(self, sequence: Sequence, sentence: str) -> Delta:
+        self.cache.clear(sequence.blocks)
+        self.cancel(sequence.request_id)
+        return Delta(request_id=sequence.request_id, token_ids=[], finish_reason="error", error=sentence)
+
+    def _check(self, request: Submit) -> None:
+        prompt, params = request.prompt_token_ids, request.params
+        if request.request_id in self._sequences:
+            raise RequestError(f"Request {request.request_id} is already running.")
+        if not prompt:
+            raise RequestError("The prompt is empty; it must have at least one token.")
+        for what, tokens in (
+            ("The prompt", prompt),
+            ("The emitted text", request.emitted),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            wrong = next((token for token in tokens if not 0 <= token < self.model.vocab_size), None)
+            if wrong is not None:
+                raise RequestError(f"{what} has token id {wrong}; the vocabulary is 0 to {self.model.vocab_size - 1}.")
+        _check_params(params)
+        length, limit = len(prompt) + params.max_tokens, self.model.context_length
+        if length > limit:
+            raise RequestError(
+                f"This model's maximum context length is {limit} tokens. However, you requested {length} tokens "
+                f"({len(prompt)} in the messages, {params.max_tokens} in the completion). "
+                "Please reduce the length of the messages or completion."
+            )
+
+
+def _finish_reason(sequence: Sequence) -> str | None:
+    params = sequence.params
+    if sequence.tokens[-1] in params.stop_token_ids and sequence.generated > params.min_tokens:
+        return "stop"
+    return "length" if sequence.generated >= params.max_tokens else None
+
+
+def _check_params(params: SamplingParams) -> None:
+    checks = (
+        ("max_tokens", params.max_tokens, params.max_tokens >= 1, "at least 1"),
+        ("temperature", params.temperature, 0 <= params.temperature < math.inf, "0 or more"),
+        ("top_p", params.top_p, 0 < params.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", params.top_k, params.top_k >= 0, "0 or more"),
+        ("min_tokens", params.min_tokens, params.min_tokens >= 0, "0 or more"),
+    )
+    for name, value, fine, wanted in checks:
+        if not fine:
+            raise RequestError(f"{name} is {value}; it must be {wanted}.")

@@ -1,0 +1,195 @@
+"""A model as the gateway holds it: transformers' own modeling code with everything but the experts' weights."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from experts.families import moe_modules
+from experts.store import ExpertStore
+from gateway.attention import Attending, ShapeProbe, paged_attention
+from gateway.batch import Batch
+from gateway.kv_cache import LayerShape
+from gateway.latent import LatentHeads
+from gateway.masks import mask_rule
+from gateway.rope import LengthRope, UnsupportedRopeError, length_rope
+
+ExpertsFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, hidden [T, H], top_k_index [T, K], top_k_weights [T, K]) to the weighted sum of the experts' rows [T, H]"""
+
+_NAME = "evermoe"
+
+
+class ModelError(ValueError):
+    """A model the gateway cannot run; the message is one line for people."""
+
+
+def load_model(store: ExpertStore, *, device: torch.device | str = "cpu", experts: ExpertsFunction) -> GatewayModel:
+    """Build the model of `store` with its experts answered by `experts`.
+
+    On a CPU the weights are the store's memory-mapped tensors; experts' weights are never read. Raises ModelError for
+    a model whose modeling code does not go through transformers' attention and experts registries.
+    """
+    config = copy.deepcopy(store.config())
+    weights = store.gateway_weights()
+    network = _skeleton(config, getattr(torch, store.manifest.dtype))
+    layers = moe_modules(network)
+    _assign(network, {name: tensor.to(device) for name, tensor in weights.items()}, set(layers.values()))
+    _move_buffers(network, device)
+    return GatewayModel(network, layers, experts, torch.device(device))
+
+
+class GatewayModel:
+    """The network, what it needs cached, and its forward over the flattened rows of a step."""
+
+    def __init__(
+        self, network: nn.Module, layers: dict[int, nn.Module], experts: ExpertsFunction, device: torch.device
+    ) -> None:
+        self.network = network
+        self.device = device
+        self.dtype = next(p.dtype for p in network.parameters() if not p.is_meta)
+        config = network.config
+        self.vocab_size: int = config.vocab_size  # type: ignore[assignment,union-attr]
+        self.context_length: int = config.max_position_embeddings  # type: ignore[assignment,union-attr]
+        self.rope = _rope(network)
+        self.kv_shapes = self._probe(layers)
+        _answer(layers, experts)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Compute the batch's rows, cache their keys and values; logits [batch.sample_rows, vocabulary]."""
+        if self.rope is not None:
+            self.rope.lengths = batch.lengths
+        return self._run(batch.token_ids, batch.positions, batch.sample_rows, batch.attention)
+
+    @torch.inference_mode()
+    def _run(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, sample_rows: torch.Tensor, attention: Attending
+    ) -> torch.Tensor:
+        output = self.network(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            past_key_values=_NoCache(),
+            use_cache=True,
+            output_router_logits=False,
+            logits_to_keep=sample_rows,
+            attention_step=attention,
+        )
+        return cast(torch.Tensor, output.logits[0])
+
+    def _probe(self, layers: dict[int, nn.Module]) -> dict[int, LayerShape]:
+        """Run one row without experts and see what each layer would cache; this also proves that the registry works."""
+        _answer(layers, lambda layer, hidden, index, weights: torch.zeros_like(hidden))
+        probe = ShapeProbe()
+        row = torch.zeros(1, dtype=torch.long, device=self.device)
+        if self.rope is not None:
+            self.rope.lengths = [1]
+        self._run(row, row, row, probe)
+        if not probe.shapes:
+            raise ModelError(f"{type(self.network).__name__} does not call transformers' attention interface")
+        return dict(sorted(probe.shapes.items()))
+
+
+class _NoCache:
+    """Satisfies modeling code that asks its cache about lengths; the step's attention does the caching."""
+
+    is_compileable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return keys, values
+
+
+def _ask_experts(
+    module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    return cast(torch.Tensor, module.answer(module.layer, hidden, top_k_index, top_k_weights))
+
+
+# A registry entry is shared by all models of the process; what differs hangs on the modules or travels with the call.
+ALL_EXPERTS_FUNCTIONS.register(_NAME, _ask_experts)
+ALL_ATTENTION_FUNCTIONS.register(_NAME, paged_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, mask_rule)
+
+
+def _answer(layers: dict[int, nn.Module], experts: ExpertsFunction) -> None:
+    for layer, module in layers.items():
+        module.layer, module.answer = layer, experts  # type: ignore[assignment]
+
+
+def _skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The network with its parameters on the meta device and its buffers real."""
+    with _meta_parameters(), no_init_weights():
+        network = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=_NAME, experts_implementation=_NAME
+        )
+    return cast(nn.Module, network.eval().requires_grad_(False))
+
+
+@contextmanager
+def _meta_parameters() -> Iterator[None]:
+    """Put every parameter that this thread registers on the meta device."""
+    original = nn.Module.register_parameter
+    thread = threading.get_ident()
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and threading.get_ident() == thread:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        original(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _assign(network: nn.Module, weights: dict[str, torch.Tensor], experts: set[nn.Module]) -> None:
+    """Make `weights` the network's own parameters and buffers, without a copy; raise ModelError for others."""
+    unexpected = network.load_state_dict(weights, strict=False, assign=True).unexpected_keys
+    network.requires_grad_(False)
+    network.tie_weights()  # type: ignore[operator]
+    absent = {id(p) for module in experts for p in module.parameters()}
+    missing = [n for n, p in network.named_parameters() if p.is_meta and id(p) not in absent]
+    missing += [n for n in network.state_dict() if n not in weights and n in dict(network.named_buffers())]
+    if unexpected or missing:
+        name, fault = (missing[0], "lacks") if missing else (unexpected[0], "has an unknown")
+        raise ModelError(
+            f"the store's gateway weights do not match {type(network).__name__}: it {fault} {name}; prepare it again"
+        )
+    for module in network.modules():
+        if LatentHeads.found_in(module):
+            module.latent_heads = LatentHeads(module)  # type: ignore[assignment]
+
+
+def _move_buffers(network: nn.Module, device: torch.device | str) -> None:
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def _rope(network: nn.Module) -> LengthRope | None:
+    try:
+        return length_rope(network)
+    except UnsupportedRopeError as error:
+        raise ModelError(f"{type(network).__name__}: {error}") from error
