@@ -51,13 +51,13 @@ def running(
     store: ExpertStore, policy: Policy, *, name: str, host: str, port: int, redis_url: str | None
 ) -> Iterator[None]:
     """The service, answering on ``host:port`` inside the context; raise LaunchError where it does not come up."""
-    with _run_folder() as folder, _redis(redis_url, folder) as url, _ray(folder):
+    with _run_folder() as folder, _redis(redis_url, folder) as url, local_ray(folder):
         from ray import serve
 
         from deploy.app import assemble
 
         application = assemble(store, policy, url, name)
-        serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+        serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
         try:
             serve.run(application, name=APP, route_prefix="/")
             yield
@@ -96,7 +96,7 @@ def _redis(url: str | None, folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _ray(folder: Path) -> Iterator[None]:
+def local_ray(folder: Path) -> Iterator[None]:
     os.environ.update({key: os.environ.get(key, value) for key, value in _WORKER_ENVIRONMENT.items()})
     import ray
 
