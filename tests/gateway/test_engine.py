@@ -1,0 +1,274 @@
+"""The engine's manners: what it refuses, what it says when, and that one request's trouble stays its own."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from experts.store import ExpertStore
+from gateway.engine import Engine, EngineSettings, RequestError
+from gateway.messages import Delta, SamplingParams, Submit
+from gateway.model import ModelError, load_model
+from tests.gateway.inline_model import (
+    InlineFamily,
+    answer_all,
+    drain,
+    failures,
+    inline_experts,
+    prompts,
+    single_threaded,
+    submit,
+)
+
+PROMPT = prompts(9)[0]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with single_threaded():
+        yield
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> InlineFamily:
+    return InlineFamily("qwen3_moe", tmp_path_factory.mktemp("engine"))
+
+
+@pytest.fixture
+def engine(family: InlineFamily) -> Engine:
+    return family.engine(token_budget=16, max_sequences=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"prompt": []}, "The prompt is empty"),
+        ({"prompt": [1, 128]}, "The prompt has token id 128; the vocabulary is 0 to 127"),
+        ({"prompt": [-1]}, "token id -1"),
+        ({"emitted": [4, 999]}, "The emitted text has token id 999"),
+        ({"stop_token_ids": (3, 500)}, "stop_token_ids has token id 500"),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+        ({"temperature": -0.5}, "temperature is -0.5"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"min_tokens": -1}, "min_tokens is -1"),
+    ],
+)
+def test_requests_that_can_never_run_are_refused(engine: Engine, changes: dict[str, Any], sentence: str) -> None:
+    prompt = changes.pop("prompt", PROMPT)
+    with pytest.raises(RequestError, match=re.escape(sentence)):
+        engine.add(submit("r", prompt, **changes))
+    assert not engine.has_work
+
+
+def test_too_long_a_request_is_refused_in_the_words_clients_match(engine: Engine) -> None:
+    engine.add(submit("fits", [5] * 240, max_tokens=16))
+    with pytest.raises(RequestError) as refused:
+        engine.add(submit("r", [5] * 240, max_tokens=17))
+    assert str(refused.value) == (
+        "This model's maximum context length is 256 tokens. However, you requested 257 tokens "
+        "(240 in the messages, 17 in the completion). Please reduce the length of the messages or completion."
+    )
+
+
+def test_a_request_larger_than_the_cache_is_refused(family: InlineFamily) -> None:
+    block_bytes = 4 * 4 * sum(shape.numbers for shape in family.model.kv_shapes.values())
+    engine = family.engine(kv_cache_gib=3.5 * block_bytes / 2**30)
+    with pytest.raises(RequestError, match=r"does not fit a cache of 12 tokens; raise gateway\.kv_cache_gib"):
+        engine.add(submit("r", PROMPT, max_tokens=5))
+    assert answer_all(engine, [PROMPT], max_tokens=4) == [family.generate(PROMPT, 4)]
+
+
+def test_a_name_is_taken_until_its_request_ends(engine: Engine) -> None:
+    engine.add(submit("r", PROMPT))
+    with pytest.raises(RequestError, match="Request r is already running"):
+        engine.add(submit("r", PROMPT))
+    drain(engine)
+    engine.add(submit("r", PROMPT))
+    assert len(drain(engine)["r"]) == 32
+
+
+def test_each_step_says_what_it_added(engine: Engine, family: InlineFamily) -> None:
+    whole = family.generate(PROMPT, 3)
+    engine.add(submit("r", PROMPT, max_tokens=3))
+    assert [engine.step() for _ in range(3)] == [
+        [Delta(request_id="r", token_ids=[whole[0]])],
+        [Delta(request_id="r", token_ids=[whole[1]])],
+        [Delta(request_id="r", token_ids=[whole[2]], finish_reason="length")],
+    ]
+    assert not engine.has_work
+    assert engine.step() == []
+
+
+def test_a_prompt_in_chunks_says_nothing_before_its_end(engine: Engine) -> None:
+    engine.add(submit("r", [5] * 40, max_tokens=1))
+    assert [len(engine.step()) for _ in range(3)] == [0, 0, 1]
+
+
+def test_a_stop_token_ends_the_text_and_is_marked(engine: Engine, family: InlineFamily) -> None:
+    whole = family.generate(PROMPT, 32)
+    stop = next(token for token in whole[4:] if token not in whole[:4])
+    length = whole.index(stop) + 1
+    engine.add(submit("r", PROMPT, stop_token_ids=(stop,)))
+    deltas = [delta for _ in range(length) for delta in engine.step()]
+    assert [token for delta in deltas for token in delta.token_ids] == whole[:length]
+    assert (deltas[-1].finish_reason, deltas[-1].stop_token) == ("stop", True)
+    assert not any(delta.stop_token or delta.finish_reason for delta in deltas[:-1])
+    assert not engine.has_work
+    assert engine.pool.used == 0
+
+
+def test_min_tokens_puts_the_stop_off(engine: Engine, family: InlineFamily) -> None:
+    stop = family.generate(PROMPT, 1)[0]
+    [text] = answer_all(engine, [PROMPT], stop_token_ids=(stop,), min_tokens=6, max_tokens=20)
+    assert stop not in text[:6]
+
+
+def test_gauges_tell_who_runs_and_waits_and_return_to_zero(engine: Engine) -> None:
+    for name in "abcdef":
+        engine.add(submit(name, PROMPT[:3], max_tokens=4))
+    assert (engine.running, engine.waiting, engine.pool.used) == (0, 6, 0)
+    engine.step()
+    assert (engine.running, engine.waiting, engine.pool.used) == (4, 2, 4)
+    drain(engine)
+    assert (engine.running, engine.waiting, engine.pool.used) == (0, 0, 0)
+
+
+def test_cancel_frees_everything_at_any_moment(engine: Engine, family: InlineFamily) -> None:
+    for name in "abcdef":
+        engine.add(submit(name, PROMPT))
+    started = engine.step()
+    assert [delta.request_id for delta in started] == ["a"]  # of 16 tokens, 9 are the first prompt
+    used = engine.pool.used
+    for name in ("b", "f", "unknown", "b"):
+        engine.cancel(name)
+    assert engine.pool.used < used
+    answers = drain(engine)
+    whole = family.generate(PROMPT, 32)
+    assert answers == {"a": whole[1:], "c": whole, "d": whole, "e": whole}
+    assert engine.pool.used == 0
+
+
+def test_a_request_that_was_finished_elsewhere_only_gets_its_end(engine: Engine) -> None:
+    engine.add(submit("length", PROMPT, max_tokens=3, emitted=[7, 8, 9]))
+    engine.add(submit("stop", PROMPT, stop_token_ids=(9,), emitted=[7, 8, 9]))
+    assert engine.has_work
+    assert engine.step() == [
+        Delta(request_id="length", token_ids=[], finish_reason="length"),
+        Delta(request_id="stop", token_ids=[], finish_reason="stop"),
+    ]
+    assert not engine.has_work
+
+
+def test_emitted_tokens_count_towards_max_tokens(engine: Engine, family: InlineFamily) -> None:
+    whole = family.generate(PROMPT, 8)
+    engine.add(submit("r", PROMPT, max_tokens=8, emitted=whole[:6]))
+    assert drain(engine)["r"] == whole[6:]
+
+
+def test_requests_without_a_seed_get_one_each(family: InlineFamily) -> None:
+    seeds = iter([5, 6, 5])
+    engine = Engine(family.model, EngineSettings(kv_cache_gib=0.001), draw_seed=lambda: next(seeds))
+    first, second, third = answer_all(engine, [PROMPT] * 3, temperature=1.0)
+    assert first == third != second
+    [seeded] = answer_all(engine, [PROMPT], temperature=1.0, seed=6)
+    assert seeded == second
+
+
+class FailingExperts:
+    """Experts that break when told to."""
+
+    def __init__(self, store: ExpertStore) -> None:
+        self._experts = inline_experts(store)
+        self.fault: str | None = None
+
+    def __call__(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if layer == 2 and self.fault == "raise":
+            raise ConnectionError("all replicas are gone")
+        out = self._experts(layer, hidden, index, weights)
+        return torch.full_like(out, float("nan")) if self.fault == "nan" else out
+
+
+@pytest.mark.parametrize("fault", ["raise", "nan"])
+def test_a_failed_step_ends_its_requests_with_one_sentence_and_no_others(family: InlineFamily, fault: str) -> None:
+    experts = FailingExperts(family.store)
+    model = load_model(family.store, experts=experts)
+    block_bytes = 4 * 4 * sum(shape.numbers for shape in model.kv_shapes.values())
+    engine = Engine(
+        model,
+        EngineSettings(kv_cache_gib=24.5 * block_bytes / 2**30, block_size=4, token_budget=64, max_sequences=2),
+    )
+    for name in "abc":
+        engine.add(submit(name, PROMPT))
+    engine.step()
+    experts.fault = fault
+    ended = failures(engine.step())
+    assert set(ended) == {"a", "b"}
+    assert all(sentence.count(".") == 1 and sentence.endswith(".") for sentence in ended.values())
+    experts.fault = None
+    assert drain(engine) == {"c": family.generate(PROMPT, 32)}  # in blocks that the failed ones have left
+    assert engine.pool.used == 0
+
+
+def test_settings_that_cannot_work_are_refused(family: InlineFamily) -> None:
+    with pytest.raises(ValueError, match="token_budget"):
+        Engine(family.model, EngineSettings(token_budget=8, max_sequences=9))
+    with pytest.raises(ValueError, match="kv_cache_gib"):
+        Engine(family.model, EngineSettings(kv_cache_gib=1e-9))
+
+
+def test_expert_weights_are_never_made(family: InlineFamily) -> None:
+    absent = [name for name, p in family.model.network.named_parameters() if p.is_meta]
+    assert absent
+    assert all(".mlp.experts." in name for name in absent)
+    assert {int(name.split(".")[2]) for name in absent} == {0, 2}  # layer 1 is dense
+
+
+@dataclasses.dataclass(frozen=True)
+class ChangedStore:
+    """A store with other gateway weights."""
+
+    store: ExpertStore
+    weights: dict[str, torch.Tensor]
+
+    @property
+    def manifest(self) -> Any:
+        return self.store.manifest
+
+    def config(self) -> Any:
+        return self.store.config()
+
+    def gateway_weights(self) -> dict[str, torch.Tensor]:
+        return self.weights
+
+
+def test_weights_are_the_stores_own_memory(family: InlineFamily) -> None:
+    weights = family.store.gateway_weights()
+    model = load_model(ChangedStore(family.store, weights), experts=family.experts)  # type: ignore[arg-type]
+    parameters = dict(model.network.named_parameters())
+    for name, tensor in weights.items():
+        assert parameters[name].data_ptr() == tensor.data_ptr()
+    assert model.network.lm_head.weight is model.network.model.embed_tokens.weight  # type: ignore[union-attr]
+
+
+def test_a_store_that_does_not_match_the_model_is_refused_by_name(family: InlineFamily) -> None:
+    weights = family.store.gateway_weights()
+    name = "model.layers.1.self_attn.q_proj.weight"
+    less = {key: tensor for key, tensor in weights.items() if key != name}
+    with pytest.raises(ModelError, match=f"lacks {name}"):
+        load_model(ChangedStore(family.store, less), experts=family.experts)  # type: ignore[arg-type]
+    more = {**weights, "model.extra": torch.zeros(2)}
+    with pytest.raises(ModelError, match=r"unknown model\.extra"):
+        load_model(ChangedStore(family.store, more), experts=family.experts)  # type: ignore[arg-type]
+
+
+def test_messages_survive_as_given(engine: Engine) -> None:
+    """The engine never changes what it was handed."""
+    request = Submit(request_id="r", prompt_token_ids=[1, 2, 3], params=SamplingParams(max_tokens=4), emitted=[5])
+    engine.add(request)
+    drain(engine)
+    assert (request.prompt_token_ids, request.emitted) == ([1, 2, 3], [5])
