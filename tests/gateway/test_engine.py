@@ -202,15 +202,16 @@ def test_a_failed_step_ends_its_requests_with_one_sentence_and_no_others(family:
         model,
         EngineSettings(kv_cache_gib=24.5 * block_bytes / 2**30, block_size=4, token_budget=64, max_sequences=2),
     )
-    for name in "abc":
-        engine.add(submit(name, PROMPT))
-    engine.step()
+    longer = prompts(11, seed=5)[0]
+    for name, prompt in (("a", longer), ("b", longer), ("c", PROMPT), ("d", longer)):
+        engine.add(submit(name, prompt))
     experts.fault = fault
     ended = failures(engine.step())
     assert set(ended) == {"a", "b"}
     assert all(sentence.count(".") == 1 and sentence.endswith(".") for sentence in ended.values())
     experts.fault = None
-    assert drain(engine) == {"c": family.generate(PROMPT, 32)}  # in blocks that the failed ones have left
+    # The others get the blocks that the failed ones have left, and, being of unlike length, read slots not yet theirs.
+    assert drain(engine) == {"c": family.generate(PROMPT, 32), "d": family.generate(longer, 32)}
     assert engine.pool.used == 0
 
 
