@@ -77,6 +77,7 @@ class SafetensorsWriter:
 
     def start(self) -> None:
         """Create the file, or empty it, and write the header."""
+        self._digest, self.size, self.count = hashlib.sha256(), 0, 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("wb") as file:
             self._emit(file.fileno(), self._header)
