@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import os
 import shutil
 import socket
@@ -56,6 +58,8 @@ def running(
 
         from deploy.app import assemble
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
         application = assemble(store, policy, url, name)
         serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
         try:
@@ -66,7 +70,8 @@ def running(
                 f"the service did not come up ({error}): see the logs in {folder}/session_latest/logs"
             ) from error
         finally:
-            serve.shutdown()
+            with _hushed():
+                serve.shutdown()
 
 
 @contextlib.contextmanager
@@ -112,4 +117,12 @@ def local_ray(folder: Path) -> Iterator[None]:
         )
         yield
     finally:
-        ray.shutdown()
+        with _hushed():
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep what Ray prints about actors that end (as they were told to) off the operator's terminal."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 from pathlib import Path
@@ -38,6 +37,7 @@ class GatewayReplica:
         opened = ExpertStore.open(Path(store))
         directory = Directory(redis_url, namespace)
         directory.wait(START_S)
+        self._id = serve.get_replica_context().replica_id.unique_id
         self._units = make_units(policy.experts.unit, opened.manifest.num_experts, opened.manifest.moe_layers)
         self._exits = contextlib.AsyncExitStack()
         self._dispatcher = self._connect(opened, policy, directory)
@@ -72,7 +72,7 @@ class GatewayReplica:
 
     def _entry(self, manifest: Manifest) -> GatewayEntry:
         return GatewayEntry(
-            id=serve.get_replica_context().replica_id.unique_id,
+            id=self._id,
             pid=os.getpid(),
             node=ray.get_runtime_context().get_node_id(),
             host=host_id(),
@@ -84,11 +84,12 @@ class GatewayReplica:
         pool = self._engine.pool
         return GatewayStatus(
             query_id=query_id,
+            gateway=self._id,
             running=self._engine.running,
             waiting=self._engine.waiting,
             kv_blocks_used=pool.used,
             kv_blocks_total=pool.total,
-            expert_calls=_by_unit(self._units, self._dispatcher.calls.copy()),
+            expert_calls=_by_unit(self._units, dict(self._dispatcher.calls)),
         )
 
     def check_health(self) -> None:
@@ -130,7 +131,7 @@ def _release(inline: ExpertFFN, table: DispatchTable, manifest: Manifest) -> Non
             inline.unload(expert)
 
 
-def _by_unit(units: list[Unit], calls: collections.Counter[tuple[int, int, str]]) -> dict[str, dict[str, int]]:
+def _by_unit(units: list[Unit], calls: dict[tuple[int, int, str], int]) -> dict[str, dict[str, int]]:
     names = {(layer, expert): unit.name for unit in units for layer in unit.layers for expert in unit.experts}
     totals: dict[str, dict[str, int]] = {unit.name: {} for unit in units}
     for (layer, expert, path), count in calls.items():

@@ -75,6 +75,8 @@ class GatewayStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A gateway's counters (see `gateway.engine` and `gateway.dispatch`)."""
 
     query_id: int
+    gateway: str
+    """The gateway's id in the directory."""
     running: int
     waiting: int
     kv_blocks_used: int
