@@ -235,6 +235,7 @@ def _tensor_info(file: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
     dtype = DTYPES.get(entry["dtype"])
     if dtype is None:
         raise StoreError(
-            f"{file}: tensor {name} has dtype {entry['dtype']}, so the checkpoint is quantised; use one in bf16 or fp32"
+            f"{file}: tensor {name} has dtype {entry['dtype']}, so the checkpoint is quantised; "
+            "save a dequantised copy with transformers and use that"
         )
     return TensorInfo(file.name, dtype, tuple(entry["shape"]))

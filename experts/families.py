@@ -6,6 +6,7 @@ A family qualifies when transformers runs its experts through the pluggable expe
 
 import copy
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def read_config(folder: Path, raw: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise StoreError(f"{folder}/config.json is not a valid '{kind}' configuration: {_first_line(error)}") from error
+        raise StoreError(f"{folder}/config.json is not a valid '{kind}' configuration: {_in_short(error)}") from error
 
 
 def refuse_unsupported(config: PretrainedConfig) -> None:
@@ -64,7 +65,7 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"), init.no_init_weights(), init.no_tie_weights():
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
-        raise StoreError(f"transformers cannot build a '{config.model_type}' model: {_first_line(error)}") from error
+        raise StoreError(f"transformers cannot build a '{config.model_type}' model: {_in_short(error)}") from error
 
 
 def moe_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -146,9 +147,9 @@ def experts_per_token(config: PretrainedConfig) -> int:
 _ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu"}
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _in_short(error: Exception) -> str:
+    """The beginning of an error's text; transformers tells stories of many lines."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
 
 
 def _why_no_experts(model: PreTrainedModel) -> str:
@@ -191,6 +192,10 @@ _REFUSALS: tuple[_Refusal, ...] = (
     (
         lambda c: type(c) not in MODEL_FOR_CAUSAL_LM_MAPPING,
         lambda c: "transformers has no causal language model of this type",
+    ),
+    (  # cannot be built from every configuration, so that its modules could be looked at
+        lambda c: c.model_type == "dbrx",
+        lambda c: "transformers does not run their experts through its pluggable experts interface",
     ),
     (_has_indexer, lambda c: "sparse attention with an indexer is not supported"),
     (
