@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -146,6 +147,17 @@ def _skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     return cast(nn.Module, network.eval().requires_grad_(False))
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Gives uninitialised tensors no memory: a layer's experts alone may be larger than the gateway's."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.empty:
+            return func(*args, **{**(kwargs or {}), "device": "meta"})
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _meta_parameters() -> Iterator[None]:
     """Put every parameter that this thread registers on the meta device."""
@@ -159,7 +171,8 @@ def _meta_parameters() -> Iterator[None]:
 
     nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
     try:
-        yield
+        with _EmptyOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
@@ -171,7 +184,8 @@ def _assign(network: nn.Module, weights: dict[str, torch.Tensor], experts: set[n
     network.tie_weights()  # type: ignore[operator]
     absent = {id(p) for module in experts for p in module.parameters()}
     missing = [n for n, p in network.named_parameters() if p.is_meta and id(p) not in absent]
-    missing += [n for n in network.state_dict() if n not in weights and n in dict(network.named_buffers())]
+    kept = set(network.state_dict())
+    missing += [n for n, b in network.named_buffers() if b.is_meta or (n in kept and n not in weights)]
     if unexpected or missing:
         name, fault = (missing[0], "lacks") if missing else (unexpected[0], "has an unknown")
         raise ModelError(
