@@ -47,7 +47,10 @@ SINGLE_FILE: dict[str, tuple[Breakage, str]] = {
     "broken configuration": (lambda c: shorten(c / "config.json", 40), r"config.json is not valid JSON"),
     "a list for a configuration": (lambda c: (c / "config.json").write_text("[]"), r"config.json does not hold"),
     "no model type": (lambda c: (c / "config.json").write_text("{}"), r"config.json names no model_type"),
-    "a bad value": (lambda c: edit_json(c / "config.json", hidden_size="wide"), r"not a valid 'olmoe' configuration"),
+    "a bad value": (
+        lambda c: edit_json(c / "config.json", hidden_size="wide"),
+        r"not a valid .olmoe. configuration: .*hidden_size",
+    ),
     "no weights": (lambda c: (c / SINGLE).unlink(), rf"has neither {SINGLE} nor {INDEX}; download"),
     "pickled weights": (swap_for_pickle, r"only pickled weights, which are never loaded .*save_pretrained"),
     "a cut file": (
@@ -86,7 +89,7 @@ SINGLE_FILE: dict[str, tuple[Breakage, str]] = {
     ),
     "a quantised dtype": (
         lambda c: edit_tensors(c, lambda t: t.update({EXPERT: t[EXPERT].to(torch.float8_e4m3fn)})),
-        r"dtype F8_E4M3, so the checkpoint is quantised; use one in bf16 or fp32",
+        r"dtype F8_E4M3, so the checkpoint is quantised; save a dequantised copy",
     ),
     "double precision": (
         lambda c: edit_json(c / "config.json", dtype="float64"),
