@@ -47,7 +47,7 @@ class Link:
     async def connect(cls, address: str, secret: bytes, fingerprint: str, timeout_s: float) -> Link:
         """Connect and prove the secret; raise OSError (HandshakeError, TimeoutError among them) where that fails."""
         async with asyncio.timeout(timeout_s):
-            reader, writer = await _open(sockets.parse(address))
+            reader, writer = await _open(address, timeout_s)
             try:
                 await _greet(reader, writer, ClientHandshake(secret, Purpose.CONTROL, fingerprint))
             except BaseException:
@@ -100,12 +100,12 @@ class Link:
         self._writer.transport.abort()
 
 
-async def _open(target: str | tuple[str, int]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    if isinstance(target, str):
-        return await asyncio.open_unix_connection(target)
-    reader, writer = await asyncio.open_connection(*target)
-    writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return reader, writer
+async def _open(address: str, timeout_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect outside the event loop: uvloop, which Ray Serve runs, knows no abstract Unix addresses."""
+    sock = await asyncio.to_thread(sockets.connect, address, timeout_s)
+    sock.setblocking(False)
+    opening = asyncio.open_unix_connection if sock.family == socket.AF_UNIX else asyncio.open_connection
+    return await opening(sock=sock)
 
 
 async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, shake: ClientHandshake) -> None:

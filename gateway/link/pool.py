@@ -95,10 +95,8 @@ class GatewayPool:
     async def status(self) -> list[GatewayStatus]:
         """Every connected gateway's counters; raise GatewayLostError where there is none at once."""
         await self.client(patience_s=0)
-        answers = await asyncio.gather(
-            *(client.status() for client in self._clients.values() if client.alive), return_exceptions=True
-        )
-        return [answer for answer in answers if isinstance(answer, GatewayStatus)]
+        answers = await asyncio.gather(*map(_status, list(self._clients.values())))
+        return [answer for answer in answers if answer is not None]
 
     def _choose(self) -> GatewayClient | None:
         """Listed gateways first: one that left the list but still answers is draining."""
@@ -131,3 +129,10 @@ class GatewayPool:
         except OSError as error:
             self._failure = f"the gateway at {address} refused the connection ({str(error) or type(error).__name__})"
             log.info("%s", self._failure)
+
+
+async def _status(client: GatewayClient) -> GatewayStatus | None:
+    try:
+        return await client.status()
+    except GatewayLostError:
+        return None

@@ -81,6 +81,7 @@ class FakeEngine:
     def status(self, query_id: int) -> GatewayStatus:
         return GatewayStatus(
             query_id=query_id,
+            gateway="fake",
             running=len(self.running),
             waiting=0,
             kv_blocks_used=0,

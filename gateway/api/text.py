@@ -1,0 +1,53 @@
+"""The text of one sequence: token deltas in, pieces of text out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.api.detokenizer import Decode, Detokenizer
+from gateway.api.stop_strings import StopStrings
+from gateway.messages import Delta
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a delta added to a text."""
+
+    text: str
+    tokens: int
+    """Tokens of the sequence so far, those without text included."""
+    finish_reason: str | None = None
+    """``stop`` or ``length``: no piece follows."""
+
+
+class SequenceText:
+    """Detokenizes one sequence and ends it at its first stop string.
+
+    Like stop tokens, stop strings are not looked for in the first `min_tokens` tokens. After a piece with a finish
+    reason the sequence is over, whatever the gateway still sends.
+    """
+
+    def __init__(self, decode: Decode, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
+        self._detokenizer = Detokenizer(decode)
+        self._stops = StopStrings(stops)
+        self._min_tokens = min_tokens
+        self._tokens = 0
+
+    def push(self, delta: Delta) -> Piece:
+        """The piece that `delta`, which is no error, adds."""
+        text = ""
+        for token in delta.token_ids[:-1] if delta.stop_token else delta.token_ids:
+            self._tokens += 1
+            text += self._look(self._detokenizer.push(token))
+            if self._stops.found:
+                return Piece(text, self._tokens, "stop")
+        self._tokens += delta.stop_token
+        if delta.finish_reason is None:
+            return Piece(text, self._tokens)
+        text += self._look(self._detokenizer.finish())
+        reason = "stop" if self._stops.found else delta.finish_reason
+        return Piece(text + self._stops.finish(), self._tokens, reason)
+
+    def _look(self, text: str) -> str:
+        return text if self._tokens <= self._min_tokens else self._stops.push(text)
