@@ -1,5 +1,6 @@
 """A preparation that is killed leaves nothing that looks complete, and the next one continues it."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import NoReturn
 import pytest
 
 from experts.store import ExpertStore, Manifest, StoreError, prepare
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import FAMILIES, write_checkpoint
 
 FAMILY = "deepseek_v2"  # dense and expert layers, more than one step before and after
 WRITES = 73  # tensors of its store
@@ -189,6 +190,30 @@ def test_a_place_that_cannot_be_written_is_named(checkpoint: Path, tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"cannot write the store to .*store.partial"):
         prepare(checkpoint, tmp_path / "file" / "store")
+
+
+def own_memory() -> int:
+    """Bytes of this process's memory that belong to no file."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) << 10
+
+
+def test_memory_for_a_few_experts_is_enough(
+    undisturbed: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 32, "num_hidden_layers": 2}
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", {**FAMILIES["qwen3_moe"], **wide, "mlp_only_layers": []})
+    checkpoint = write_checkpoint("qwen3_moe", tmp_path / "checkpoint")
+    layer = 32 * 3 * 256 * 256 * 4
+    gc.collect()
+    before, peak = own_memory(), 0
+
+    def watch(done: int, total: int, what: str) -> None:
+        nonlocal peak
+        peak = max(peak, own_memory() - before)
+
+    prepare(checkpoint, tmp_path / "store", progress=watch)
+    assert peak < layer / 2
 
 
 def test_an_empty_folder_may_become_the_store(checkpoint: Path, tmp_path: Path) -> None:

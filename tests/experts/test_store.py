@@ -1,5 +1,6 @@
 """A store holds exactly what transformers would load, and says so; a damaged one is refused by name."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from experts.conversion import ExpertGroup, Grain
 from experts.store import ExpertStore, StoreError, prepare
 from tests.checkpoints import FAMILIES, tiny_model, write_checkpoint
 
@@ -66,6 +68,19 @@ def test_round_trip(family: str, layout: str, tmp_path: Path) -> None:
     assert store.manifest.dtype == str(dtype).removeprefix("torch.")
     assert_same_tensors(ExpertStore.open(store.path, verify=True), loaded_tensors(checkpoint))
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_conversions_that_need_a_whole_layer_give_the_same(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write_checkpoint(family, tmp_path / "checkpoint")
+    expected = prepare(checkpoint, tmp_path / "store").manifest
+    whole = ExpertGroup.of.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        ExpertGroup, "of", classmethod(lambda *args: dataclasses.replace(whole(*args), grain=Grain.WHOLE))
+    )
+    assert prepare(checkpoint, tmp_path / "whole").manifest == expected
 
 
 def test_the_manifest_describes_the_model(tmp_path: Path) -> None:
