@@ -38,7 +38,10 @@ _COPIED_PATTERNS = ("tokenizer*", "vocab.*", "merges.txt", "chat_template*", "*.
 
 @contextlib.contextmanager
 def locked(folder: Path, progress: Progress) -> Iterator[bool]:
-    """Make `folder` and hold its lock; gives False if the folder was finished or removed while waiting for it."""
+    """Make `folder` and hold its lock; gives False if the folder was finished or removed while waiting for it.
+
+    A folder that is still empty at the end is removed: a refused checkpoint leaves nothing behind.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -55,7 +58,11 @@ def locked(folder: Path, progress: Progress) -> Iterator[bool]:
             current = os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat())
         except FileNotFoundError:
             current = False
-        yield current
+        try:
+            yield current
+        finally:
+            if current and folder.is_dir() and [entry.name for entry in folder.iterdir()] == [LOCK]:
+                shutil.rmtree(folder)
 
 
 def fill(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress) -> Manifest:
@@ -115,9 +122,9 @@ class _Work:
     def run(self) -> None:
         """Do the steps that are not done yet."""
         first = self._resume()
+        self._check_space()
         if first == 0:
             self._start()
-        self._check_space()
         for number, step in enumerate(self._steps[first:], first + 1):
             with self._checkpoint.reader() as reader:
                 self._do(step, reader)
@@ -171,8 +178,8 @@ class _Work:
         return digest.hexdigest()
 
     def _check_space(self) -> None:
-        need = self._total - sum(writer.size for writer in self.writers.values())
-        free = shutil.disk_usage(self._folder).free
+        sizes = [file.stat().st_size for file in self._folder.rglob("*.safetensors")]
+        need, free = self._total - sum(sizes), shutil.disk_usage(self._folder).free
         if need > free:
             raise StoreError(
                 f"{self._folder.parent} has {free / 1e9:.1f} GB free and the store needs {need / 1e9:.1f} GB; "

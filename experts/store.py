@@ -11,7 +11,6 @@ or a checkpoint is converted.
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +126,6 @@ def prepare(checkpoint: Path, store: Path, *, dtype: str = "auto", progress: Pro
                 if owned and not _occupied(store):
                     preparation.fill(partial, source, kept, report).write(partial)
                     preparation.publish(partial, store)
-                elif owned:  # made anew after another process had finished
-                    shutil.rmtree(partial)
     except OSError as error:
         raise StoreError(
             f"cannot write the store to {partial}: {error.strerror or error}; what is finished there is kept, "

@@ -113,6 +113,7 @@ def assert_refused(checkpoint: Path, message: str, dtype: str = "auto") -> None:
         prepare(checkpoint, store, dtype=dtype)
     assert "\n" not in str(refusal.value)
     assert not store.exists()
+    assert not store.with_name("store.partial").exists()
     with pytest.raises(StoreError, match=message):
         prepare(checkpoint, store, dtype=dtype)
 

@@ -184,6 +184,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(StoreError, match=r"has 0.0 GB free and the store needs .* free some space"):
         prepare(checkpoint, tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_named(checkpoint: Path, tmp_path: Path) -> None:
