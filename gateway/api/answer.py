@@ -97,7 +97,8 @@ async def _sequence(job: Job, pool: GatewayPool, choice: int) -> AsyncGenerator[
                 if piece.finish_reason:
                     return
     except GatewayLostError as error:
-        raise errors.unavailable(str(error)) from error
+        log.warning("%s was given up: %s", job.id, error)
+        raise errors.unavailable() from error
 
 
 async def _merged(job: Job, pool: GatewayPool) -> AsyncGenerator[tuple[int, Piece], None]:

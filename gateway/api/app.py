@@ -27,7 +27,10 @@ Status = Callable[[], Awaitable[dict[str, Any]]]
 """Reports the application's state as what JSON can hold."""
 
 _CLIENT_GONE = 499
-_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (400, 404, 500, 503)}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    **{status: {"model": ErrorBody} for status in (400, 404, 500, 503)},
+}
 
 
 def create_app(config: ApiConfig, pool: GatewayPool, status: Status) -> FastAPI:
@@ -52,7 +55,7 @@ def create_app(config: ApiConfig, pool: GatewayPool, status: Status) -> FastAPI:
 
 
 def _generation(model: ServedModel, pool: GatewayPool) -> APIRouter:
-    router = APIRouter(responses=_ERRORS)
+    router = APIRouter(responses=_ANSWERS)
 
     @router.post("/v1/completions", response_model=Completion)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:

@@ -15,6 +15,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = Mapping[str, Any]
 
+_REFUSALS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template raises, on purpose or not, for a conversation it was not written for."""
+
 
 class TemplateError(ValueError):
     """The template is broken, or refuses the conversation; the message is one line."""
@@ -36,7 +47,7 @@ class ChatTemplate:
         present = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             return self._template.render(messages=present, add_generation_prompt=add_generation_prompt, **known)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except _REFUSALS as error:
             reason = " ".join(str(error).split())
             raise TemplateError(f"the model's chat template refuses the conversation: {reason}") from error
 

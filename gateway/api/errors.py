@@ -54,7 +54,7 @@ def invalid(param: str, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
-def unavailable(message: str) -> ApiError:
+def unavailable(message: str = "No gateway is available at the moment. The request can be sent again.") -> ApiError:
     """A 503: the same request may succeed in a moment."""
     return ApiError(503, message, code="gateway_unavailable", headers={"Retry-After": "1"})
 

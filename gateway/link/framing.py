@@ -47,7 +47,7 @@ class Link:
     async def connect(cls, address: str, secret: bytes, fingerprint: str, timeout_s: float) -> Link:
         """Connect and prove the secret; raise OSError (HandshakeError, TimeoutError among them) where that fails."""
         async with asyncio.timeout(timeout_s):
-            reader, writer = await _open(address, timeout_s)
+            reader, writer = await open_streams(address, timeout_s)
             try:
                 await _greet(reader, writer, ClientHandshake(secret, Purpose.CONTROL, fingerprint))
             except BaseException:
@@ -100,12 +100,30 @@ class Link:
         self._writer.transport.abort()
 
 
-async def _open(address: str, timeout_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def open_streams(address: str, timeout_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect outside the event loop: uvloop, which Ray Serve runs, knows no abstract Unix addresses."""
     sock = await asyncio.to_thread(sockets.connect, address, timeout_s)
     sock.setblocking(False)
+    notice_dead_hosts(sock)
     opening = asyncio.open_unix_connection if sock.family == socket.AF_UNIX else asyncio.open_connection
     return await opening(sock=sock)
+
+
+def notice_dead_hosts(sock: socket.socket) -> None:
+    """Make TCP report, within about 10 s, a host that fell silent; a process that dies is seen at once anyway.
+
+    Set on a listener it holds for the connections it accepts.
+    """
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, 4),
+        (socket.TCP_KEEPINTVL, 2),
+        (socket.TCP_KEEPCNT, 3),
+        (socket.TCP_USER_TIMEOUT, 10_000),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, shake: ClientHandshake) -> None:

@@ -41,6 +41,7 @@ class GatewayPool:
         self._refreshed = -_REFRESH_S
         self._failure = "no gateway is listed"
         self._lock = asyncio.Lock()
+        self._refreshing: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> GatewayPool:
         return self
@@ -50,8 +51,16 @@ class GatewayPool:
 
     async def aclose(self) -> None:
         """Hang up on every gateway."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
         await asyncio.gather(*(client.aclose() for client in self._clients.values()))
         self._clients.clear()
+
+    @property
+    def connected(self) -> int:
+        """Gateways that answer."""
+        return sum(client.alive for client in self._clients.values())
 
     async def client(self, patience_s: float | None = None) -> GatewayClient:
         """The connected gateway with the fewest sequences; raise GatewayLostError if none comes within the patience."""
@@ -59,9 +68,12 @@ class GatewayPool:
         deadline = time.monotonic() + patience
         pause = _FIRST_PAUSE_S
         while True:
-            await self._refresh()
             if (client := self._choose()) is not None:
+                self._refresh_beside()
                 return client
+            await self._refresh()
+            if self._choose() is not None:
+                continue
             if time.monotonic() + pause > deadline:
                 raise GatewayLostError(f"No gateway answered within {patience:g} s: {self._failure}.")
             await asyncio.sleep(pause)  # not a hand-over: nobody tells us when a gateway starts elsewhere
@@ -104,11 +116,16 @@ class GatewayPool:
         listed = [client for client in alive if client.address in self._listed]
         return min(listed or alive, key=lambda client: client.sequences, default=None)
 
+    def _refresh_beside(self) -> None:
+        """Look for changes now and then, without making a request wait for a directory that may hang."""
+        idle = self._refreshing is None or self._refreshing.done()
+        if idle and time.monotonic() - self._refreshed > _REFRESH_S:
+            self._refreshing = asyncio.create_task(self._refresh(), name="gateways")
+
     async def _refresh(self) -> None:
-        """Connect to new gateways and drop lost ones: now and then while some answer, at once while none does."""
+        """Connect to new gateways and drop lost ones; whoever waited for another's refresh is content with that one."""
         async with self._lock:
-            age = time.monotonic() - self._refreshed
-            if age < (_REFRESH_S if self._choose() is not None else _FIRST_PAUSE_S):
+            if time.monotonic() - self._refreshed < _FIRST_PAUSE_S:
                 return
             await self._list()
             for address in [address for address, client in self._clients.items() if not client.alive]:

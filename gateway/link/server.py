@@ -87,6 +87,7 @@ class GatewayServer:
 
     async def _listen(self, listener: socket.socket) -> None:
         self.addresses.append(sockets.address_of(listener))
+        framing.notice_dead_hosts(listener)
         start = asyncio.start_unix_server if listener.family == socket.AF_UNIX else asyncio.start_server
         self._servers.append(await start(self._serve, sock=listener))
 

@@ -20,9 +20,10 @@ from tests.gateway.fake_engine import MODEL, SECRET, FakeEngine, expected, serve
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """Ray Serve runs uvloop, which differs in sockets."""
+    return "asyncio", {"use_uvloop": request.param}
 
 
 @asynccontextmanager
@@ -48,6 +49,7 @@ class TestSequences:
     async def test_tcp_carries_the_same(self) -> None:
         async with serve(FakeEngine(), tcp_host="127.0.0.1") as server, connected(server) as client:
             assert client.address.startswith("tcp:127.0.0.1:")
+            assert client._link._writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert await tokens_of(client, submit()) == expected((1, 2, 3), 5)
 
     async def test_many_sequences_of_two_api_processes_do_not_mix(self) -> None:
@@ -230,7 +232,7 @@ class TestStrangers:
     @pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n" + b"x" * 200, bytes(200)])
     async def test_garbage_instead_of_a_handshake_harms_nobody(self, garbage: bytes) -> None:
         async with serve(FakeEngine()) as server, connected(server) as client:
-            reader, writer = await asyncio.open_unix_connection(str(sockets.parse(server.addresses[0])))
+            reader, writer = await framing.open_streams(server.addresses[0], 5.0)
             writer.write(garbage)
             assert await reader.read() == b""
             writer.close()

@@ -15,9 +15,10 @@ from tests.gateway.fake_engine import MODEL, SECRET, FakeEngine, expected, serve
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """Ray Serve runs uvloop, which differs in sockets."""
+    return "asyncio", {"use_uvloop": request.param}
 
 
 class Relay:
@@ -47,7 +48,7 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        upstream = await asyncio.open_unix_connection(str(sockets.parse(self._target)))
+        upstream = await framing.open_streams(self._target, 5.0)
         try:
             await asyncio.wait(
                 [
@@ -164,23 +165,29 @@ class TestPool:
                 await asyncio.gather(*tasks)
         assert [len(engine.submitted) for engine in engines] == [3, 3]
 
-    async def test_an_unreadable_directory_does_not_stop_a_pool_that_is_connected(
-        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("trouble", ["raises", "hangs"])
+    async def test_a_directory_in_trouble_does_not_stop_a_pool_that_is_connected(
+        self, trouble: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("gateway.link.pool._REFRESH_S", 0.0)
+        monkeypatch.setattr("gateway.link.pool._FIRST_PAUSE_S", 0.0)
+        asked = asyncio.Event()
         async with serve(FakeEngine()) as server:
-            answers: list[list[str] | Exception] = [server.addresses, RuntimeError("Redis is gone")]
 
             async def addresses() -> list[str]:
-                answer = answers.pop(0) if len(answers) > 1 else answers[0]
-                if isinstance(answer, Exception):
-                    raise answer
-                return answer
+                if not pool.connected:
+                    return server.addresses
+                asked.set()
+                if trouble == "hangs":
+                    await asyncio.Event().wait()
+                raise RuntimeError("Redis is gone")
 
             async with GatewayPool(addresses, SECRET, MODEL) as pool:
-                for _ in range(3):
+                for _ in range(2):
                     assert await tokens_of(pool, submit()) == expected((1, 2, 3), 5)
-        assert "Redis is gone" in caplog.text
+                await asked.wait()
+                assert await tokens_of(pool, submit()) == expected((1, 2, 3), 5)
+        assert ("Redis is gone" in caplog.text) == (trouble == "raises")
 
     async def test_status_lists_every_gateway(self) -> None:
         async with serve(FakeEngine()) as one, serve(FakeEngine()) as two:

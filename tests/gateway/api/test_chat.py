@@ -113,6 +113,12 @@ async def test_template_variables_reach_the_template(tmp_path: Path) -> None:
     assert text == "thinking low <|end|>"
 
 
+async def test_a_variable_the_template_chokes_on_is_the_clients_error(tmp_path: Path) -> None:
+    async with api_of(make_store(tmp_path, template="{{ deep | tojson }}{{ 1 // zero }}")) as api:
+        assert error_of(await api.chat(chat_template_kwargs={"zero": 0}), 400)["param"] == "messages"
+        assert error_of(await api.chat(chat_template_kwargs={"zero": "a"}), 400)["param"] == "messages"
+
+
 async def test_template_variables_must_not_replace_the_conversation(api: Api) -> None:
     error = error_of(await api.chat(chat_template_kwargs={"messages": []}), 400)
     assert error["param"] == "chat_template_kwargs"

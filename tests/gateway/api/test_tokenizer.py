@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer
 
+import deploy
 from experts.errors import StoreError
 from gateway.api.chat_template import ChatTemplate, TemplateError
 from gateway.api.served_model import ApiConfig, ServedModel
@@ -78,6 +79,20 @@ def test_conversations_look_as_transformers_renders_them(tmp_path: Path, templat
     assert ours.chat is not None
     rendered = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=generation)
     assert ours.chat.render(CHAT, add_generation_prompt=generation) == rendered
+
+
+def test_the_default_model_speaks_as_with_transformers() -> None:
+    folder = Path(deploy.__path__[0]) / "model" / "evermoe-tiny"
+    ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    text = f"{TEXT} <|im_start|>\n\n\tmore 1234 <|endoftext|>"
+    assert ours.encode(text) == theirs(text)["input_ids"]
+    assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text), skip_special_tokens=True)
+    assert ours.chat is not None
+    rendered = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert ours.chat.render(CHAT) == rendered
+    assert ours.encode(rendered, special=False) == theirs.apply_chat_template(
+        CHAT, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
 
 
 class TestTemplates:
