@@ -10,19 +10,22 @@ import os
 import secrets
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 
 from deploy.models import DEFAULT_MODEL, ensure_store
 from experts.deployment import expert_deployment
-from experts.store import ExpertStore
 from gateway.api.deployment import api_deployment
 from gateway.deployment import gateway_deployment
 from placement.policy import Policy, load_policy
 from placement.unit import make_units
 from recovery.deployment import redis_deployment
 from recovery.directory import Directory
+
+if TYPE_CHECKING:
+    from experts.store import ExpertStore
 
 
 class AppArgs(BaseModel):
@@ -64,11 +67,12 @@ def assemble(
     store: ExpertStore, policy: Policy, redis_url: str, name: str, *more: serve.Application
 ) -> serve.Application:
     """The application of a store and a policy that meet in the Redis at `redis_url`; `more` nodes join it."""
-    place = (str(store.path), policy, redis_url, _namespace(store, policy, name))
+    namespace = _namespace(store, policy, name)
+    path, fingerprint = str(store.path), store.manifest.fingerprint
     units = make_units(policy.experts.unit, store.manifest.num_experts, store.manifest.moe_layers)
-    path, _, url, namespace = place
-    experts = [expert_deployment(unit, path, policy.experts, url, namespace) for unit in units]
-    return api_deployment(path, name, url, namespace, [gateway_deployment(*place), *experts, *more])
+    experts = [expert_deployment(unit, path, policy.experts, redis_url, namespace) for unit in units]
+    gateway = gateway_deployment(path, policy, redis_url, namespace)
+    return api_deployment(path, fingerprint, name, redis_url, namespace, [gateway, *experts, *more])
 
 
 def _namespace(store: ExpertStore, policy: Policy, name: str) -> str:

@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from deploy.models import cache_dir
+
 app = typer.Typer(
     name="evermoe",
     help="Serverless Mixture-of-Experts serving: every expert is a deployment that comes and goes.",
@@ -46,10 +48,11 @@ def prepare(
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Rewrite a checkpoint as an expert store: one file for the gateway and one for each expert."""
-    from deploy.progress import prepare_with_progress
+    from deploy.progress import preparation_bar
+    from experts.store import prepare as convert
 
-    prepared = prepare_with_progress(model, store, dtype, _out)
-    manifest = prepared.manifest
+    with preparation_bar(_out) as progress:
+        manifest = convert(model, store, dtype=dtype, progress=progress).manifest
     _out.print(
         f"{store}: {manifest.architecture}, {len(manifest.moe_layers)} MoE layers x {manifest.num_experts} experts "
         f"top-{manifest.top_k}, {manifest.dtype}"
@@ -74,6 +77,7 @@ def status(
 def main() -> None:
     """Entry point: errors made for people become one line and exit code 2."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever fetched behind the operator's back
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))  # else torch leaves it in /tmp
     try:
         app()
     except KeyboardInterrupt:

@@ -9,27 +9,30 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from experts.store import ExpertStore
 from placement.policy import Policy
+
+if TYPE_CHECKING:
+    from experts.store import ExpertStore
 
 APP = "evermoe"
 
 _WORKER_ENVIRONMENT = {
-    # A replica's Python and torch come from workers that Ray starts ahead of time: 0.2 s instead of 2.9 s.
-    "RAY_preload_python_modules": "torch",
-    "RAY_enable_worker_prestart": "1",
     # Bounded spinning keeps OpenMP fast without letting idle threads of one process take another's core.
     "GOMP_SPINCOUNT": "20000",
-    "RAY_AUTH_MODE": "disabled",  # the cluster listens on the loopback interface only
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+_MOST_TEMPORARY = 24
+"""Characters: Ray's Unix sockets lie some 80 below it, and a socket's path has room for 107."""
 
 
 class LaunchError(RuntimeError):
@@ -50,34 +53,43 @@ def check_port(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def running(
-    store: ExpertStore, policy: Policy, *, name: str, host: str, port: int, redis_url: str | None
+    store: Callable[[], ExpertStore], policy: Policy, *, name: str, host: str, port: int, redis_url: str | None
 ) -> Iterator[None]:
-    """The service, answering on ``host:port`` inside the context; raise LaunchError where it does not come up."""
-    with _run_folder() as folder, _redis(redis_url, folder) as url, local_ray(folder):
-        from ray import serve
+    """The service, answering on ``host:port`` inside the context; raise LaunchError where it does not come up.
 
+    `store` is called once the cluster is up: what it waits for is done while Ray starts.
+    """
+    with _run_folder() as folder, _redis(redis_url, folder) as url, local_ray(folder), _serve(host, port) as serve:
         from deploy.app import assemble
 
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-
-        application = assemble(store, policy, url, name)
-        serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
+        application = assemble(store(), policy, url, name)
         try:
             serve.run(application, name=APP, route_prefix="/")
-            yield
         except RuntimeError as error:
-            raise LaunchError(
-                f"the service did not come up ({error}): see the logs in {folder}/session_latest/logs"
-            ) from error
-        finally:
-            with _hushed():
-                serve.shutdown()
+            logs = folder / "session_latest" / "logs" / "serve"
+            raise LaunchError(f"the service did not come up ({error}): its logs are in {logs}") from error
+        yield
+
+
+@contextlib.contextmanager
+def _serve(host: str, port: int) -> Iterator[ModuleType]:
+    """Ray Serve, listening on ``host:port``."""
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
+    try:
+        yield serve
+    finally:
+        with _hushed():
+            serve.shutdown()
 
 
 @contextlib.contextmanager
 def _run_folder() -> Iterator[Path]:
-    """A short path (Unix sockets have little room) that goes with the service; kept where the service failed."""
-    folder = Path(tempfile.mkdtemp(prefix="evermoe-"))
+    """A folder that goes with the service; kept where the service failed, for its logs."""
+    base = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="evermoe-", dir=base if len(base) <= _MOST_TEMPORARY else "/tmp"))
     failed = False
     try:
         yield folder
@@ -102,7 +114,19 @@ def _redis(url: str | None, folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def local_ray(folder: Path) -> Iterator[None]:
-    os.environ.update({key: os.environ.get(key, value) for key, value in _WORKER_ENVIRONMENT.items()})
+    """A Ray cluster of this host alone, reachable through the loopback interface; its files lie in `folder`."""
+    with _environment({**_WORKER_ENVIRONMENT, "TMPDIR": str(folder)}):
+        import ray
+
+        try:
+            _start_ray(folder)
+            yield
+        finally:
+            with _hushed():
+                ray.shutdown()
+
+
+def _start_ray(folder: Path) -> None:
     import ray
 
     try:
@@ -115,10 +139,20 @@ def local_ray(folder: Path) -> Iterator[None]:
             _node_ip_address="127.0.0.1",
             _temp_dir=str(folder),
         )
+    except (OSError, RuntimeError) as error:
+        raise LaunchError(f"Ray did not start ({error}): its logs are in {folder}") from error
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes Ray starts. What the operator has set stays, but for TMPDIR."""
+    before = dict(os.environ)
+    os.environ.update({key: value for key, value in values.items() if key == "TMPDIR" or key not in before})
+    try:
         yield
     finally:
-        with _hushed():
-            ray.shutdown()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

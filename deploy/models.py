@@ -6,8 +6,10 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from experts.store import ExpertStore, prepare
+if TYPE_CHECKING:
+    from experts.store import ExpertStore
 
 DEFAULT_MODEL = Path(__file__).parent / "model" / "evermoe-tiny"
 
@@ -27,6 +29,8 @@ def ensure_store(model: Path, *, dtype: str = "auto", progress: Progress | None 
 
     Raise StoreError for what is neither, or damaged.
     """
+    from experts.store import ExpertStore, prepare  # imports torch, which takes a second
+
     if (model / "manifest.json").exists():
         return ExpertStore.open(model, verify=True)
     store = cache_dir() / "stores" / _cache_name(model, dtype)

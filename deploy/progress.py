@@ -1,27 +1,23 @@
-"""`prepare` with a progress bar."""
+"""How far the preparation of a store got, as a bar."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from experts.store import ExpertStore, prepare
+from deploy.models import Progress as Report
 
 
-def prepare_with_progress(model: Path, store: Path, dtype: str, console: Console) -> ExpertStore:
-    """Prepare `model` into `store`, showing how far it got; raise StoreError as `prepare` does."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+@contextlib.contextmanager
+def preparation_bar(console: Console) -> Iterator[Report]:
+    """A progress bar on `console`, and the function that moves it; it appears with the first progress."""
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("preparing", total=None)
-        return prepare(
-            model, store, dtype=dtype,
-            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
-        )  # fmt: skip
+        task = bar.add_task("preparing", total=None, visible=False)
+        yield lambda done, total, what: bar.update(
+            task, completed=done, total=total, description=f"preparing {what}", visible=True
+        )

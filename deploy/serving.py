@@ -6,16 +6,25 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.live import Live
 
 from deploy.launcher import check_port, running
 from deploy.models import DEFAULT_MODEL, ensure_store
+from deploy.progress import preparation_bar
 from deploy.status import StatusError, fetch_status
 from placement.policy import load_policy
 from recovery.directory import Directory
+
+if TYPE_CHECKING:
+    from experts.store import ExpertStore
+
+T = TypeVar("T")
 
 _POLL_S = 0.5
 
@@ -38,11 +47,11 @@ def serve_model(
     if redis_url:
         Directory(redis_url, "probe").wait()
     source = model or DEFAULT_MODEL
-    store = ensure_store(source, dtype=dtype)
     served = name or source.resolve().name
-    console.print(f"starting [bold]{served}[/] ({store.manifest.num_experts} experts) ...")
+    console.print(f"starting [bold]{served}[/] ...")
+    store = _in_background(lambda: _store(source, dtype, console))
     with running(store, policy, name=served, host=host, port=port, redis_url=redis_url):
-        url = f"http://{host}:{port}"
+        url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         console.print(
             f"listening on [bold]{url}[/]   (Ctrl-C stops)\n\ntry it:\n{_example(url, served)}\n", soft_wrap=True
         )
@@ -51,6 +60,28 @@ def serve_model(
             threading.Event().wait()
         except KeyboardInterrupt:
             console.print("stopping ...")
+
+
+def _store(model: Path, dtype: str, console: Console) -> ExpertStore:
+    with preparation_bar(console) as progress:
+        return ensure_store(model, dtype=dtype, progress=progress)
+
+
+def _in_background(work: Callable[[], T]) -> Callable[[], T]:
+    """Start `work` in a thread; the function returned waits for its result or raises its error.
+
+    The thread does not keep the process alive: a preparation that is interrupted goes on where it was the next time.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="store").start()
+    return result.result
 
 
 def _interrupt_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import tempfile
@@ -11,6 +12,15 @@ from pathlib import Path
 import pytest
 
 from recovery.redis_server import RedisServer
+
+
+def pytest_configure() -> None:
+    """Torch makes this folder as soon as modeling code is imported: not in /tmp, where it would stay."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="evermoe-inductor-")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import msgspec
 from fastapi import FastAPI
 from ray import serve
 
-from experts.manifest import Manifest
 from experts.wire.sockets import host_id
 from gateway.api.app import create_app
 from gateway.api.served_model import ApiConfig
@@ -25,16 +24,16 @@ class ApiReplica:
     """Serve makes one for each api process. `nodes` are the application's other deployments, there to be started."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, store: str, name: str, redis_url: str, namespace: str, nodes: list[Any]
+        self, store: str, fingerprint: str, name: str, redis_url: str, namespace: str, nodes: list[Any]
     ) -> None:
         self._directory = Directory(redis_url, namespace)
         await asyncio.to_thread(self._directory.wait, START_S)
         self._host = host_id()
         self._config = ApiConfig(store=Path(store), model_name=name)
         secret = await asyncio.to_thread(self._directory.secret)
-        self._pool = GatewayPool(self._gateways, secret, Manifest.read(Path(store)).fingerprint)
+        self._pool = GatewayPool(self._gateways, secret, fingerprint)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201  # Serve's name for it
+    def __serve_build_asgi_app__(self) -> FastAPI:  # Serve calls it
         """Serve's interface: the app of this replica."""
         return create_app(self._config, self._pool, self._status)
 
@@ -85,12 +84,12 @@ class ApiReplica:
 
 
 def api_deployment(
-    store: str, name: str, redis_url: str, namespace: str, nodes: list[serve.Application]
+    store: str, fingerprint: str, name: str, redis_url: str, namespace: str, nodes: list[serve.Application]
 ) -> serve.Application:
     """The Serve application: the api as its ingress, over all other `nodes`."""
     ingress = serve.ingress()(ApiReplica)
     deployment = serve.deployment(ingress, name="api", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
-    return deployment.bind(store, name, redis_url, namespace, nodes)
+    return deployment.bind(store, fingerprint, name, redis_url, namespace, nodes)
 
 
 def _sum(counts: list[dict[str, int]]) -> dict[str, int]:

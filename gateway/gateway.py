@@ -1,0 +1,132 @@
+"""A gateway: the engine with its model, the fleet of replicas it uses, and its own port. Knows nothing of Serve."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+from experts.ffn import ExpertFFN
+from experts.store import ExpertStore, Manifest
+from experts.wire.sockets import host_id
+from gateway.dispatch import Dispatcher
+from gateway.engine import Engine, EngineSettings
+from gateway.fleet import DispatchTable, Fleet
+from gateway.link.server import GatewayServer
+from gateway.messages import GatewayStatus
+from gateway.model import load_model
+from placement import plan
+from placement.plan import Plan
+from placement.policy import GatewayPolicy, Policy
+from placement.unit import Unit, make_units
+from recovery.directory import START_S, Directory, GatewayEntry
+from recovery.lease import Lease
+
+
+class Gateway:
+    """Everything of one gateway process; it answers before any expert has a replica: rows then run inline.
+
+    Raise StoreError, ModelError or DirectoryError when entered, for what can't be served.
+    """
+
+    def __init__(
+        self, store: Path, policy: Policy, directory: Directory, *, name: str, node: str, node_ip: str
+    ) -> None:
+        self._store = ExpertStore.open(store)
+        self._policy = policy
+        self._directory = directory
+        self._name = name
+        self._node = node
+        self._node_ip = node_ip
+        self._units = make_units(policy.experts.unit, self._store.manifest.num_experts, self._store.manifest.moe_layers)
+        self._exits = contextlib.AsyncExitStack()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine can go on."""
+        return self._server.healthy
+
+    async def __aenter__(self) -> Gateway:
+        torch.set_num_threads(self._policy.gateway.threads or os.cpu_count() or 1)
+        self._directory.wait(START_S)
+        secret, fingerprint = self._directory.secret(), self._store.manifest.fingerprint
+        self._dispatcher = self._connect(secret)
+        model = load_model(self._store, device=_device(self._policy.gateway.device), experts=self._dispatcher)
+        self._engine = Engine(model, _settings(self._policy.gateway))
+        self._server = await self._exits.enter_async_context(
+            GatewayServer(
+                self._engine, secret=secret, fingerprint=fingerprint, status=self._status, tcp_host=self._node_ip
+            )
+        )
+        self._exits.enter_context(Lease(self._directory, self._entry()))
+        start = {unit.name: self._policy.experts.replicas for unit in self._units}
+        first = Plan(epoch=1, replicas=start, reason="experts.replicas of the policy")
+        self._directory.publish(plan.DOCUMENT, plan.encode(first), only_first=True)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """The lease first, so that no api sends new requests; then the connections, the fleet last."""
+        await self._exits.aclose()
+
+    def _connect(self, secret: bytes) -> Dispatcher:
+        """The dispatcher with the fleet it uses; an expert's inline copy is unmapped once replicas cover it."""
+        manifest, policy = self._store.manifest, self._policy
+        inline = ExpertFFN(self._store, device="cpu")
+        fleet = Fleet(self._directory, secret, manifest.fingerprint, lambda table: _release(inline, table, manifest))
+        dispatcher = Dispatcher(
+            self._exits.enter_context(fleet), inline, manifest.num_experts,
+            policy.experts.min_rows_per_replica, policy.gateway.call_deadline_s,
+        )  # fmt: skip
+        self._exits.callback(dispatcher.close)
+        return dispatcher
+
+    def _entry(self) -> GatewayEntry:
+        return GatewayEntry(
+            id=self._name,
+            pid=os.getpid(),
+            node=self._node,
+            host=host_id(),
+            addresses=self._server.addresses,
+            fingerprint=self._store.manifest.fingerprint,
+        )
+
+    def _status(self, query_id: int) -> GatewayStatus:
+        pool = self._engine.pool
+        return GatewayStatus(
+            query_id=query_id,
+            gateway=self._name,
+            running=self._engine.running,
+            waiting=self._engine.waiting,
+            kv_blocks_used=pool.used,
+            kv_blocks_total=pool.total,
+            expert_calls=_by_unit(self._units, dict(self._dispatcher.calls)),
+        )
+
+
+def _settings(policy: GatewayPolicy) -> EngineSettings:
+    return EngineSettings(
+        kv_cache_gib=policy.kv_cache_gib, token_budget=policy.max_batch_tokens, max_sequences=policy.max_running
+    )
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _release(inline: ExpertFFN, table: DispatchTable, manifest: Manifest) -> None:
+    for expert in inline.loaded:
+        if all(table.copies(layer, expert) for layer in manifest.moe_layers):
+            inline.unload(expert)
+
+
+def _by_unit(units: list[Unit], calls: dict[tuple[int, int, str], int]) -> dict[str, dict[str, int]]:
+    names = {(layer, expert): unit.name for unit in units for layer in unit.layers for expert in unit.experts}
+    totals: dict[str, dict[str, int]] = {unit.name: {} for unit in units}
+    for (layer, expert, path), count in calls.items():
+        paths = totals[names[layer, expert]]
+        paths[path] = paths.get(path, 0) + count
+    return totals

@@ -1,0 +1,192 @@
+"""`evermoe serve` as a user runs it: a real process, a real cluster, real replicas killed with SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+pytestmark = pytest.mark.ray
+
+PROMPT = "import os\n\ndef main():\n"
+
+
+def eventually(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
+
+
+class Served:
+    """A running `evermoe serve`."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.output = folder / "output"
+        self.temporary = Path(tempfile.mkdtemp(prefix="e-", dir="/tmp"))  # short: Unix sockets have little room
+        environment = {**os.environ, "EVERMOE_CACHE": str(folder / "cache"), "TMPDIR": str(self.temporary)}
+        environment.pop("REDIS_URL", None)
+        command = [str(Path(sys.executable).parent / "evermoe"), "serve", "--port", str(self.port), "--dtype", "float32"]
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0)
+
+    def wait(self) -> None:
+        eventually(self._healthy, 120, "the service answers")
+
+    def _healthy(self) -> bool:
+        assert self.process.poll() is None, self.output.read_text()
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def status(self) -> dict[str, Any]:
+        answer = httpx.get(f"{self.url}/evermoe/status", timeout=30)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def ready(self) -> int:
+        return sum(unit["ready"] for unit in self.status()["units"])
+
+    def wait_for_replicas(self) -> None:
+        eventually(lambda: self.ready() == 8, 120, "all replicas are ready")
+
+    def calls(self) -> dict[str, int]:
+        total: dict[str, int] = {}
+        for unit in self.status()["units"]:
+            for path, count in unit["calls"].items():
+                total[path] = total.get(path, 0) + count
+        return total
+
+    def stream(self, max_tokens: int, on_chunk: Callable[[int], None] = lambda number: None) -> str:
+        chunks = self.client.completions.create(
+            model="evermoe-tiny", prompt=PROMPT, max_tokens=max_tokens, temperature=0, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        text = ""
+        for number, chunk in enumerate(chunks):
+            on_chunk(number)
+            text += chunk.choices[0].text if chunk.choices else ""
+        return text
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = Path(os.path.realpath(tmp_path_factory.mktemp("s")))
+    running = Served(folder)
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.client.close()
+        if running.process.poll() is None:
+            running.process.send_signal(signal.SIGINT)
+            running.process.wait(60)
+        shutil.rmtree(running.temporary, ignore_errors=True)
+
+
+def test_it_answers_before_replicas_are_up_and_with_them_alike(served: Served) -> None:
+    early = served.stream(32)
+    served.wait_for_replicas()
+    eventually(lambda: served.calls().get("replica", 0) > 0 or not served.stream(4), 30, "replicas are used")
+    assert served.stream(32) == early
+    assert served.calls()["replica"] > 0
+
+
+def test_killing_every_replica_in_the_middle_of_a_stream_changes_no_token(served: Served) -> None:
+    served.wait_for_replicas()
+    expected = served.stream(150)
+    before = served.calls().get("inline", 0)
+    pids = [replica["pid"] for unit in served.status()["units"] for replica in unit["replicas"]]
+
+    def kill(number: int) -> None:
+        if number == 20:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+    assert served.stream(150, kill) == expected
+    assert served.calls()["inline"] > before
+    eventually(lambda: served.ready() == 8 and not pids_of(served) & set(pids), 120, "Serve replaces the replicas")
+    assert served.stream(150) == expected
+
+
+def pids_of(served: Served) -> set[int]:
+    return {replica["pid"] for unit in served.status()["units"] for replica in unit["replicas"]}
+
+
+def test_replicas_that_hang_change_no_token(served: Served) -> None:
+    served.wait_for_replicas()
+    expected = served.stream(60)
+    pids = pids_of(served)
+
+    def stop(number: int) -> None:
+        if number == 10:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+
+    try:
+        assert served.stream(60, stop) == expected
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_chat_and_model_listing_work_with_the_official_client(served: Served) -> None:
+    assert [model.id for model in served.client.models.list()] == ["evermoe-tiny"]
+    answer = served.client.chat.completions.create(
+        model="evermoe-tiny", messages=[{"role": "user", "content": "Who are you?"}], max_tokens=16, seed=1
+    )
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 16
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        served.client.completions.create(model="nobody", prompt="x")
+
+
+def test_malformed_json_is_a_clear_400(served: Served) -> None:
+    answer = httpx.post(f"{served.url}/v1/completions", content=b"{oops", headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_status_shows_every_expert(served: Served) -> None:
+    command = [str(Path(sys.executable).parent / "evermoe"), "status", "--url", served.url]
+    table = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "160"}).stdout
+    assert all(re.search(rf"expert-{e} .*0-3", table) for e in range(8)), table
+    report = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert [unit["unit"] for unit in report["units"]] == [f"expert-{e}" for e in range(8)]
+
+
+def test_interrupting_it_leaves_nothing_behind(served: Served) -> None:
+    """Last in this file: it ends the service."""
+    mine = psutil.Process(served.process.pid).children(recursive=True)
+    assert len(mine) > 8
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(60) == 0, served.output.read_text()
+    assert "Traceback" not in served.output.read_text()
+    gone, alive = psutil.wait_procs(mine, timeout=20)
+    assert alive == []
+    assert list(served.temporary.iterdir()) == []
+    leftovers = [name for name in os.listdir("/dev/shm") if "evermoe" in name or str(served.process.pid) in name]
+    assert leftovers == []
+    sockets = Path("/proc/net/unix").read_text()
+    assert str(served.temporary) not in sockets
