@@ -46,7 +46,7 @@ def create_app(config: ApiConfig, pool: GatewayPool, status: Status) -> FastAPI:
             yield
 
     app = FastAPI(title="Evermoe", lifespan=lifespan)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, answer=config.request_ids)
     errors.install(app)
     app.include_router(_generation(model, pool))
     app.include_router(_models(model))

@@ -17,10 +17,14 @@ _SANE = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class RequestContext:
-    """ASGI middleware. A client's own ``x-request-id`` is kept where it is printable and of at most 128 characters."""
+    """ASGI middleware. A client's own ``x-request-id`` is kept where it is printable and of at most 128 characters.
 
-    def __init__(self, app: ASGIApp) -> None:
+    With `answer` false the header is left to a proxy in front.
+    """
+
+    def __init__(self, app: ASGIApp, answer: bool = True) -> None:
         self._app = app
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102 - ASGI's own
         if scope["type"] != "http":
@@ -33,7 +37,8 @@ class RequestContext:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                if self._answer:
+                    MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         try:

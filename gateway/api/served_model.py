@@ -23,6 +23,8 @@ class ApiConfig:
     """The name clients use."""
     context_length: int | None = None
     """Tokens of prompt and answer together at most; None is what the model was made for."""
+    request_ids: bool = True
+    """Answer with ``x-request-id``; False behind a proxy that does (Ray Serve's), lest the header is there twice."""
 
 
 @dataclass(frozen=True)

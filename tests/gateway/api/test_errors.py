@@ -232,6 +232,10 @@ class TestRequestIds:
         answers = [await api.completion(), await api.completion(stream=True), await api.http.get("/health")]
         assert len({answer.headers["x-request-id"] for answer in answers}) == 3
 
+    async def test_it_is_left_to_a_proxy_that_answers_with_its_own(self, store: Path) -> None:
+        async with api_of(store, request_ids=False) as api:
+            assert "x-request-id" not in (await api.http.get("/health")).headers
+
     async def test_a_clients_own_is_kept(self, api: Api) -> None:
         answer = await api.http.get("/health", headers={"x-request-id": "mine-1"})
         assert answer.headers["x-request-id"] == "mine-1"
