@@ -50,6 +50,8 @@ def serve_model(
     served = name or source.resolve().name
     console.print(f"starting [bold]{served}[/] ...")
     store = _in_background(lambda: _store(source, dtype, console))
+    if model is not None:
+        store()  # a model of the operator's own is judged before anything starts; ours can wait for Ray
     with running(store, policy, name=served, host=host, port=port, redis_url=redis_url):
         url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         console.print(

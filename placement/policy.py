@@ -82,6 +82,15 @@ class GatewayPolicy(_Section):
     call_deadline_s: float = Field(default=10.0, gt=0)
     """A replica that has not answered by then is given up and its rows run elsewhere (usually far sooner)."""
 
+    @model_validator(mode="after")
+    def _room_for_all(self) -> GatewayPolicy:
+        if self.max_batch_tokens < self.max_running:
+            raise ValueError(
+                f"max_batch_tokens: {self.max_batch_tokens} has no room for one token of each of "
+                f"max_running ({self.max_running}) sequences"
+            )
+        return self
+
 
 class Policy(_Section):
     """A whole policy file; every part has a default."""

@@ -59,7 +59,10 @@ class Directory:
     def __init__(self, url: str, namespace: str) -> None:
         self.url = url
         self._prefix = f"evermoe:{namespace}:"
-        self._redis = redis.Redis.from_url(url, socket_connect_timeout=2.0, socket_timeout=5.0)
+        try:
+            self._redis = redis.Redis.from_url(url, socket_connect_timeout=2.0, socket_timeout=5.0)
+        except ValueError as error:
+            raise DirectoryError(f"{url!r} is no Redis URL: give redis://HOST:PORT or unix:///PATH") from error
 
     def wait(self, patience_s: float = 0.0) -> None:
         """Return once Redis answers; raise DirectoryError where it does not within `patience_s` seconds."""

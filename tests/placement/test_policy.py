@@ -44,6 +44,7 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
         ("experts: {unit: {layers: 0}}", "at least 1, or 'all'"),
         ("experts: {replicas: 9}", "more than max_replicas"),
         ("experts: {replicas: -1}", "experts.replicas: Input should be greater than or equal to 0 (got -1)"),
+        ("gateway: {max_batch_tokens: 8}", "no room for one token of each of max_running (64)"),
         ("[1, 2]", "a policy is a mapping with experts, gateway"),
         ("a: b: c", "not YAML"),
     ],
