@@ -29,7 +29,7 @@ class ApiReplica:
         self._directory = Directory(redis_url, namespace)
         await asyncio.to_thread(self._directory.wait, START_S)
         self._host = host_id()
-        self._config = ApiConfig(store=Path(store), model_name=name)
+        self._config = ApiConfig(store=Path(store), model_name=name, request_ids=False)  # the proxy has its own
         secret = await asyncio.to_thread(self._directory.secret)
         self._pool = GatewayPool(self._gateways, secret, fingerprint)
 
