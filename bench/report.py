@@ -44,7 +44,8 @@ def median_ms(seconds: list[float]) -> float:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return {
         "processor": model[0] if model else platform.processor(),
         "cores": os.cpu_count(),

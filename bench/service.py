@@ -66,7 +66,7 @@ class Service:
         for unit in units:
             for replica in unit["replicas"]:
                 seen.setdefault(replica["id"], self.age)
-        return sum(unit["ready"] for unit in units) >= sum(unit["planned"] for unit in units)
+        return all(unit["ready"] >= unit["planned"] for unit in units)
 
 
 @contextlib.contextmanager

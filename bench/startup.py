@@ -32,7 +32,7 @@ def _start() -> dict[str, float]:
         while not service.replicas_ready(seen):
             time.sleep(0.2)
         ready = sorted(seen.values())
-        print(f"first token {first:.1f} s; replicas ready at " + ", ".join(f"{seconds:.1f}" for seconds in ready) + " s")
+        print(f"first token {first:.1f} s; replicas ready at {', '.join(f'{seconds:.1f}' for seconds in ready)} s")
         return {"first_token_s": first, **{f"replica_{n}_s": seconds for n, seconds in enumerate(ready)}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import uuid
 from dataclasses import dataclass
 
@@ -44,10 +45,10 @@ class Job:
         return sum(map(len, self.prompts))
 
     def submit(self, choice: int) -> Submit:
-        """The sequence of a choice; a given seed differs between the answers to one prompt."""
+        """The sequence of a choice; the seed differs between the answers to one prompt."""
         prompt, answer = divmod(choice, self.n)
         params = self.params[prompt]
-        if params.seed is not None and answer:
+        if params.seed is not None:
             params = msgspec.structs.replace(params, seed=_wrap(params.seed + answer))
         return Submit(request_id=f"{self.id}-{choice}", prompt_token_ids=self.prompts[prompt], params=params)
 
@@ -125,7 +126,8 @@ def _params(body: SamplingRequest, model: ServedModel, room: int) -> SamplingPar
         temperature=defaults.temperature if body.temperature is None else body.temperature,
         top_p=defaults.top_p if body.top_p is None else body.top_p,
         top_k=top_k,
-        seed=body.seed,
+        # Drawn here and not by the gateway: a sequence that moves to another gateway must go on alike.
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
         stop_token_ids=tuple(dict.fromkeys((*stops, *eos))),
         min_tokens=min_tokens,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from deploy.app import AppArgs, build
 from experts.errors import StoreError
+from tests.waiting import eventually
 
 SERVE_FILE = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 
@@ -35,6 +36,10 @@ def test_the_serve_file_in_the_box_is_valid() -> None:
     AppArgs.model_validate(application.args)
 
 
+def _units(url: str) -> list[dict[str, Any]]:
+    return list(httpx.get(f"{url}/evermoe/status", timeout=30).json()["units"])
+
+
 @pytest.mark.ray
 def test_an_application_brings_its_own_store_and_serves(
     ray_cluster: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -52,13 +57,8 @@ def test_an_application_brings_its_own_store_and_serves(
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] <= 4
-        deadline = time.monotonic() + 120
-        while (
-            sum(unit["ready"] for unit in (units := httpx.get(f"{url}/evermoe/status", timeout=30).json()["units"])) < 4
-        ):
-            assert time.monotonic() < deadline, units
-            time.sleep(0.2)
-        assert [unit["unit"] for unit in units] == [
+        eventually(lambda: sum(unit["ready"] for unit in _units(url)) == 4, 120, "all replicas are ready")
+        assert [unit["unit"] for unit in _units(url)] == [
             "expert-0-3.layer-0-1", "expert-0-3.layer-2-3", "expert-4-7.layer-0-1", "expert-4-7.layer-2-3",
         ]  # fmt: skip
         assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200

@@ -74,19 +74,20 @@ def test_a_truncated_checkpoint(refuse_model, checkpoint: Path) -> None:  # type
     assert "model.safetensors" in refuse_model(checkpoint)
 
 
-def test_a_model_without_experts(refuse_model, checkpoint: Path) -> None:  # type: ignore[no-untyped-def]
+def rename(checkpoint: Path, family: str, architecture: str) -> None:
+    """Let the checkpoint say that it is of another family."""
     config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(
-        json.dumps({**config, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]})
-    )
+    changed = {**config, "model_type": family, "architectures": [architecture]}
+    (checkpoint / "config.json").write_text(json.dumps(changed))
+
+
+def test_a_model_without_experts(refuse_model, checkpoint: Path) -> None:  # type: ignore[no-untyped-def]
+    rename(checkpoint, "qwen3", "Qwen3ForCausalLM")
     assert "expert" in refuse_model(checkpoint).lower()
 
 
 def test_a_family_that_is_not_supported(refuse_model, checkpoint: Path) -> None:  # type: ignore[no-untyped-def]
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(
-        json.dumps({**config, "model_type": "dbrx", "architectures": ["DbrxForCausalLM"]})
-    )
+    rename(checkpoint, "dbrx", "DbrxForCausalLM")
     assert "dbrx" in refuse_model(checkpoint).lower()
 
 

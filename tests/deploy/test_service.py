@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,13 @@ import openai
 import psutil
 import pytest
 
+from tests.waiting import eventually
+
+EVERMOE = str(Path(sys.executable).parent / "evermoe")
+
 pytestmark = pytest.mark.ray
 
 PROMPT = "import os\n\ndef main():\n"
-
-
-def eventually(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
 
 
 class Served:
@@ -44,9 +40,11 @@ class Served:
         self.temporary = Path(tempfile.mkdtemp(prefix="e-", dir="/tmp"))  # short: Unix sockets have little room
         environment = {**os.environ, "EVERMOE_CACHE": str(folder / "cache"), "TMPDIR": str(self.temporary)}
         environment.pop("REDIS_URL", None)
-        command = [str(Path(sys.executable).parent / "evermoe"), "serve", "--port", str(self.port), "--dtype", "float32"]
+        command = [EVERMOE, "serve", "--port", str(self.port), "--dtype", "float32"]
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0)
 
     def wait(self) -> None:
@@ -169,8 +167,9 @@ def test_malformed_json_is_a_clear_400(served: Served) -> None:
 
 
 def test_status_shows_every_expert(served: Served) -> None:
-    command = [str(Path(sys.executable).parent / "evermoe"), "status", "--url", served.url]
-    table = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "160"}).stdout
+    command = [EVERMOE, "status", "--url", served.url]
+    wide = {**os.environ, "COLUMNS": "160"}
+    table = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
     assert all(re.search(rf"expert-{e} .*0-3", table) for e in range(8)), table
     report = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     assert [unit["unit"] for unit in report["units"]] == [f"expert-{e}" for e in range(8)]
@@ -183,7 +182,7 @@ def test_interrupting_it_leaves_nothing_behind(served: Served) -> None:
     served.process.send_signal(signal.SIGINT)
     assert served.process.wait(60) == 0, served.output.read_text()
     assert "Traceback" not in served.output.read_text()
-    gone, alive = psutil.wait_procs(mine, timeout=20)
+    _, alive = psutil.wait_procs(mine, timeout=20)
     assert alive == []
     assert list(served.temporary.iterdir()) == []
     leftovers = [name for name in os.listdir("/dev/shm") if "evermoe" in name or str(served.process.pid) in name]

@@ -20,6 +20,7 @@ from gateway.fleet import Fleet
 from recovery.directory import Directory, ReplicaEntry
 from recovery.lease import Lease
 from recovery.redis_server import RedisServer
+from tests.waiting import eventually
 
 EXPERTS, WIDTH, SECRET_NAMESPACE, MODEL = 6, 16, "dispatch", "fingerprint"
 
@@ -70,14 +71,8 @@ class Cluster:
             layers=[0, 1, 2], fingerprint=MODEL,
         )  # fmt: skip
         self.exits.enter_context(Lease(self.directory, entry))
-        self.wait(lambda: name in self.fleet.table.links)
+        eventually(lambda: name in self.fleet.table.links)
         return server
-
-    def wait(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 10.0
-        while not condition():
-            assert time.monotonic() < deadline, "it never came true"
-            time.sleep(0.005)
 
     def check(self, tokens: int = 5, top_k: int = 2, layer: int = 1, seed: int = 0) -> None:
         """Dispatch random rows and compare with the plain sum over top-k."""
@@ -87,7 +82,7 @@ class Cluster:
         weights = torch.rand(tokens, top_k, generator=random)
         expected = torch.stack(
             [sum(w * expert(layer, int(e), x) for e, w in zip(es, ws, strict=True))
-             for x, es, ws in zip(hidden, index, weights, strict=True)]  # type: ignore[misc]
+             for x, es, ws in zip(hidden, index, weights, strict=True)]
         )  # fmt: skip
         torch.testing.assert_close(self.dispatcher(layer, hidden, index, weights), expected)
 
@@ -238,7 +233,7 @@ def test_a_replica_that_comes_back_is_used_again(make: Callable[..., Cluster]) -
     cluster.check()
     cluster.add("again", range(EXPERTS))
     before = cluster.inline.rows
-    cluster.wait(lambda: "a" not in cluster.fleet.table.links)
+    eventually(lambda: "a" not in cluster.fleet.table.links)
     cluster.check()
     assert cluster.inline.rows == before
 
@@ -264,7 +259,9 @@ def test_a_replica_of_another_model_never_joins(make: Callable[..., Cluster]) ->
     layer=st.integers(0, 2),
     seed=st.integers(0, 1000),
 )
-def test_any_batch_gives_the_plain_sum(property_cluster: Cluster, tokens: int, top_k: int, layer: int, seed: int) -> None:
+def test_any_batch_gives_the_plain_sum(
+    property_cluster: Cluster, tokens: int, top_k: int, layer: int, seed: int
+) -> None:
     property_cluster.check(tokens, top_k, layer, seed)
 
 

@@ -1,10 +1,9 @@
-"""The golden test: with experts in Serve replicas, greedy tokens equal transformers' own `generate`, for every family."""
+"""The golden test: experts in Serve replicas, and greedy tokens equal transformers' `generate`, for every family."""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from placement.policy import ExpertPolicy, UnitPolicy
 from placement.unit import Unit, make_units
 from recovery.directory import Directory
 from tests.checkpoints import FAMILIES, write_checkpoint
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.ray
 
@@ -78,7 +78,7 @@ class Service:
 
     def wait_for(self, replicas: int) -> None:
         """Until the gateway reaches so many replicas of every unit."""
-        _eventually(lambda: all(len(self._links(unit)) == replicas for unit in self.units), 90.0)
+        eventually(lambda: all(len(self._links(unit)) == replicas for unit in self.units), 90.0)
 
     def _links(self, unit: Unit) -> list[object]:
         return [link for link in self.fleet.table.links.values() if link.entry.unit == unit.name]
@@ -100,13 +100,6 @@ class Service:
                 assert delta.error is None
                 tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
         return [tokens[str(number)] for number in range(len(PROMPTS))]
-
-
-def _eventually(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.05)
 
 
 def _reference(checkpoint: Path) -> list[list[int]]:

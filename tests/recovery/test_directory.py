@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from recovery import directory as directories
 from recovery.directory import Directory, DirectoryError, GatewayEntry, ReplicaEntry
 from recovery.lease import Lease, Watcher
 from recovery.redis_server import RedisServer
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -35,13 +35,6 @@ def replica(name: str) -> ReplicaEntry:
     return ReplicaEntry(
         id=name, unit="expert-0", pid=1, node="n", host="h", addresses=[], experts=[0], layers=[0, 1], fingerprint="f"
     )
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 def test_an_entry_is_listed_while_its_lease_is_held(directory: Directory) -> None:

@@ -121,7 +121,15 @@ class TestSampling:
     async def test_what_is_left_out_is_openais_default(self, api: Api) -> None:
         await api.completion(temperature=None, top_k=-1)
         params = api.engine.submitted[0].params
-        assert (params.temperature, params.top_p, params.top_k, params.seed) == (1.0, 1.0, 0, None)
+        assert (params.temperature, params.top_p, params.top_k) == (1.0, 1.0, 0)
+
+    async def test_a_seed_that_is_left_out_is_drawn_here(self, api: Api) -> None:
+        """Not by the gateway: a sequence that moves to another one must go on alike."""
+        for _ in range(2):
+            await api.completion()
+        first, second = (submit.params.seed for submit in api.engine.submitted)
+        assert first is not None
+        assert first != second
 
     async def test_the_models_generation_config_comes_before_that(self, store: Path, tmp_path: Path) -> None:
         for file in store.iterdir():
