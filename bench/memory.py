@@ -79,9 +79,8 @@ def _serve(folder: Path, quick: bool) -> dict[str, Any]:
     slice_mib = slices[0] / 2**20
     median = sorted(replicas)[len(replicas) // 2]
     print(f"gateway with all replicas: {gateway_mib:.0f} MiB private, {mapped:.0f} MiB of experts mapped")
-    print(
-        f"replica (median): {median:.0f} MiB private = slices {slice_mib:.0f} MiB + fixed {median - slice_mib:.0f} MiB"
-    )
+    fixed = median - slice_mib
+    print(f"replica (median): {median:.0f} MiB private = slices {slice_mib:.0f} MiB + fixed {fixed:.0f} MiB")
     return {
         "gateway_private_mib": gateway_mib, "gateway_holds_mib": mapped, "gateway_inline_mib": inline,
         "experts_mib": experts_mib, "slice_mib": slice_mib, "replica_private_mib": replicas, "fixed_mib": fixed,

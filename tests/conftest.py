@@ -15,7 +15,8 @@ from recovery.redis_server import RedisServer
 
 
 def pytest_configure() -> None:
-    """Torch makes this folder as soon as modeling code is imported: not in /tmp, where it would stay."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only gets in the way
+    # Torch makes this folder as soon as modeling code is imported: not in /tmp, where it would stay.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="evermoe-inductor-")
 
 
