@@ -76,7 +76,7 @@ def _serve(host: str, port: int) -> Iterator[ModuleType]:
     """Ray Serve, listening on ``host:port``."""
     from ray import serve
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
     try:
         yield serve
@@ -129,6 +129,7 @@ def local_ray(folder: Path) -> Iterator[None]:
 def _start_ray(folder: Path) -> None:
     import ray
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # its greetings say nothing an operator could act on
     try:
         ray.init(
             address="local",
@@ -157,6 +158,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Keep what Ray prints about actors that end (as they were told to) off the operator's terminal."""
-    with contextlib.redirect_stderr(io.StringIO()):
+    """Keep what Ray says of itself off the operator's terminal."""
+    nowhere = io.StringIO()
+    with contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
         yield

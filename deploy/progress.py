@@ -16,8 +16,14 @@ def preparation_bar(console: Console) -> Iterator[Report]:
     """A progress bar on `console`, and the function that moves it; it appears with the first progress."""
     text = TextColumn("{task.description}")
     columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("preparing", total=None, visible=False)
-        yield lambda done, total, what: bar.update(
-            task, completed=done, total=total, description=f"preparing {what}", visible=True
-        )
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("preparing", total=None)
+
+    def report(done: int, total: int, what: str) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total, description=f"preparing {what}")
+
+    try:
+        yield report
+    finally:
+        bar.stop()
