@@ -26,14 +26,19 @@ def options(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def alternate(subjects: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each subject, measured in turn: a machine that gets slower gets slower for all of them."""
+def alternate(subjects: Mapping[str, Callable[[], object]], rounds: int, block: int) -> dict[str, list[float]]:
+    """Seconds of each subject, measured in turn: a machine that gets slower gets slower for all of them.
+
+    Each turn is a `block` of calls, so that what one subject leaves to be done in the background does not count as the
+    next one's time (medians leave the first calls of a block out).
+    """
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     for _ in range(rounds):
         for name, run in subjects.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            for _ in range(block):
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

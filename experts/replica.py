@@ -29,7 +29,6 @@ class Replica:
     def __init__(
         self, unit: Unit, store: Path, policy: ExpertPolicy, directory: Directory, *, name: str, node: str, node_ip: str
     ) -> None:
-        torch.set_num_threads(policy.threads)
         self._unit = unit
         self._slices = frozenset((layer, expert) for layer in unit.layers for expert in unit.experts)
         opened = ExpertStore.open(store)
@@ -39,7 +38,7 @@ class Replica:
         directory.wait(START_S)
         self._exits = contextlib.ExitStack()
         self._server = self._exits.enter_context(
-            ExpertServer(self.compute, directory.secret(), opened.manifest.fingerprint, node_ip)
+            ExpertServer(self.compute, directory.secret(), opened.manifest.fingerprint, node_ip, policy.threads)
         )
         entry = ReplicaEntry(
             id=name,

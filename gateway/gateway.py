@@ -49,7 +49,6 @@ class Gateway:
         return self._server.healthy
 
     async def __aenter__(self) -> Gateway:
-        torch.set_num_threads(self._policy.gateway.threads or os.cpu_count() or 1)
         self._directory.wait(START_S)
         secret, fingerprint = self._directory.secret(), self._store.manifest.fingerprint
         self._dispatcher = self._connect(secret)
@@ -57,7 +56,12 @@ class Gateway:
         self._engine = Engine(model, _settings(self._policy.gateway))
         self._server = await self._exits.enter_async_context(
             GatewayServer(
-                self._engine, secret=secret, fingerprint=fingerprint, status=self._status, tcp_host=self._node_ip
+                self._engine,
+                secret=secret,
+                fingerprint=fingerprint,
+                status=self._status,
+                tcp_host=self._node_ip,
+                prepare=lambda: torch.set_num_threads(self._policy.gateway.threads or os.cpu_count() or 1),
             )
         )
         self._exits.enter_context(Lease(self._directory, self._entry()))

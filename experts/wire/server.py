@@ -39,11 +39,15 @@ class Compute(Protocol):
 class ExpertServer:
     """Serves `compute` to gateways that know the secret and the model; a thread for each connection.
 
+    `threads` are torch's threads for the calls of one connection.
     Use as a context manager; `addresses` says where it listens: a Unix socket, and TCP where a `tcp_host` is given.
     """
 
-    def __init__(self, compute: Compute, secret: bytes, fingerprint: str, tcp_host: str | None = None) -> None:
+    def __init__(
+        self, compute: Compute, secret: bytes, fingerprint: str, tcp_host: str | None = None, threads: int = 1
+    ) -> None:
         self._compute = compute
+        self._threads_each = threads
         self._secret = secret
         self._fingerprint = fingerprint
         self._listeners = [sockets.listen_unix()]
@@ -105,7 +109,7 @@ class ExpertServer:
                 sock.settimeout(_HANDSHAKE_S)
                 sockets.receive(sock, ServerHandshake(self._secret, Purpose.EXPERT, self._fingerprint))
                 sock.settimeout(None)
-                _yield_to_gateway()
+                self._prepare_thread()
                 _Connection(sock, self._compute).run()
             except ConnectionResetError:
                 pass  # the gateway went away: nothing is owed to it
@@ -113,6 +117,12 @@ class ExpertServer:
                 log.warning("refused a connection: %s", error)
             except OSError as error:
                 log.info("connection lost: %s", error)
+
+    def _prepare_thread(self) -> None:
+        # OpenMP counts its threads for each thread that calls it: elsewhere the setting would not reach these calls.
+        torch.set_num_threads(self._threads_each)
+        # Batch scheduling: woken by a frame, this must not preempt the gateway while that still sends.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
     @contextlib.contextmanager
     def _registered(self, sock: socket.socket) -> Iterator[None]:
@@ -195,8 +205,3 @@ class _Connection:
         rows = torch.empty(head.rows, head.width, dtype=head.dtype)
         sockets.read_into(self._sock, bytes_of(rows))
         return rows, torch.empty_like(rows)
-
-
-def _yield_to_gateway() -> None:
-    """Batch scheduling for this thread: woken by a frame, it must not preempt the gateway while that still sends."""
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -38,17 +38,23 @@ Owner = TypeVar("Owner", bound=Hashable)
 
 
 class EngineThread(Generic[Owner]):
-    """Runs `engine`; `deliver` gets, once a step and in this thread, each owner's deltas of that step.
+    """Runs `engine`, after `prepare` (settings that belong to a thread, such as OpenMP's).
 
+    `deliver` gets, once a step and in this thread, each owner's deltas of that step.
     `died` is called, in this thread too, when the engine raised where nothing can be saved: no step will follow.
     """
 
     def __init__(
-        self, engine: Engine, deliver: Callable[[Mapping[Owner, list[Delta]]], None], died: Callable[[], None]
+        self,
+        engine: Engine,
+        deliver: Callable[[Mapping[Owner, list[Delta]]], None],
+        died: Callable[[], None],
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._deliver = deliver
         self._died = died
+        self._prepare = prepare
         self._owners: dict[str, Owner] = {}
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -76,6 +82,7 @@ class EngineThread(Generic[Owner]):
 
     def _run(self) -> None:
         try:
+            self._prepare()
             while self._obey():
                 if self._engine.has_work:
                     self._publish(self._step())

@@ -25,8 +25,8 @@ _HANDSHAKE_S = 5.0
 class GatewayServer:
     """Runs `engine` in a thread of its own and serves it on a fresh abstract Unix address, and on TCP with `tcp_host`.
 
-    `status` is called with a query's id, in the event loop's thread. Use as an async context manager: leaving it hangs
-    up on every api process, cancels what ran for them and ends the thread.
+    `status` is called with a query's id, in the event loop's thread; `prepare` first thing in the engine's thread. Use
+    as an async context manager: leaving it hangs up on every api process, cancels what ran for them and ends the thread.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class GatewayServer:
         fingerprint: str,
         status: Callable[[int], GatewayStatus],
         tcp_host: str | None = None,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._secret = secret
         self._fingerprint = fingerprint
@@ -46,7 +47,7 @@ class GatewayServer:
         """Where api processes connect to, the cheapest way first; empty until it listens."""
         self.healthy = True
         """False once the engine broke beyond repair: the process wants to be replaced."""
-        self._engine = EngineThread[Link](engine, self._deliver, self._engine_died)
+        self._engine = EngineThread[Link](engine, self._deliver, self._engine_died, prepare)
         self._servers: list[asyncio.Server] = []
         self._connections: set[asyncio.StreamWriter] = set()
         self._all_gone = asyncio.Event()
