@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import select
 import time
 from collections.abc import Sequence
 
@@ -23,6 +22,9 @@ from experts.wire.arena import Arena
 from experts.wire.channel import Call, CallRefusedError
 from gateway.assignment import Part, assign
 from gateway.fleet import DispatchTable, Fleet, Link
+
+_LEAST_PATIENCE_S = 0.001
+"""For an answer that is there already when the deadline has passed."""
 
 
 class Dispatcher:
@@ -87,11 +89,15 @@ class Dispatcher:
         return (self._run_again(batch.layer, failed, rows, results, avoid) if failed else results), laid
 
     def _send(self, calls: list[_Sent]) -> list[_Sent]:
-        """Send all calls; return those whose replica is gone."""
+        """Send all calls; return those whose replica is gone.
+
+        All frames are made before the first is sent: from then on the replicas want the cores for themselves.
+        """
+        frames = [link.channel.pack(call) for link, call in calls]
         failed = []
-        for link, call in calls:
+        for (link, call), frame in zip(calls, frames, strict=True):
             try:
-                link.channel.send(call)
+                link.channel.send(call, frame)
             except OSError as error:
                 self._fleet.drop(link, str(error))
                 failed.append((link, call))
@@ -106,35 +112,23 @@ class Dispatcher:
         self._count(layer, parts, "inline")
 
     def _collect(self, calls: list[_Sent]) -> list[_Sent]:
-        """Wait for all answers; return the calls that got none."""
-        started = time.perf_counter()
-        waiting = {link.channel.fileno(): (link, call) for link, call in calls}
-        poller = select.poll()
-        for fd in waiting:
-            poller.register(fd, select.POLLIN)
-        failed = []
-        while waiting:
-            limits = {fd: link.deadline(self._deadline_s) for fd, (link, _) in waiting.items()}
-            patience = min(limits.values()) - (time.perf_counter() - started)
-            ready = {fd for fd, _ in poller.poll(max(0.0, patience) * 1000)}
-            spent = time.perf_counter() - started
-            for fd in ready or {fd for fd, limit in limits.items() if limit <= spent}:
-                poller.unregister(fd)
-                link, call = waiting.pop(fd)
-                if not self._receive(link, spent, answered=bool(ready)):
-                    failed.append((link, call))
-        return failed
+        """Wait for all answers; return the calls that got none.
 
-    def _receive(self, link: Link, spent: float, *, answered: bool) -> bool:
-        try:
-            if not answered:
-                raise TimeoutError(f"no answer in {spent:.3f} s")
-            link.channel.receive()
-        except (OSError, CallRefusedError) as error:
-            self._fleet.drop(link, str(error) or type(error).__name__)
-            return False
-        link.observe(spent)
-        return True
+        The last to be sent is waited for first: when it is there the others mostly are too, and the replicas have not
+        been interrupted by this thread waking up for each of them.
+        """
+        started = time.perf_counter()
+        failed = []
+        for link, call in reversed(calls):
+            patience = link.deadline(self._deadline_s) - (time.perf_counter() - started)
+            try:
+                link.channel.receive(max(patience, _LEAST_PATIENCE_S))
+            except (OSError, CallRefusedError) as error:
+                self._fleet.drop(link, str(error) or type(error).__name__)
+                failed.append((link, call))
+            else:
+                link.observe(time.perf_counter() - started)
+        return failed
 
     def _run_again(
         self, layer: int, failed: list[_Sent], rows: torch.Tensor, results: torch.Tensor, avoid: frozenset[str]

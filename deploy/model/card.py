@@ -32,9 +32,9 @@ python -m deploy.model.train
 
 The command needs no download: it reads the standard library of the Python that runs it, trains the tokenizer and the
 model and rewrites this card. This checkpoint took {seconds:.0f} s of wall-clock and {cpu_seconds:.0f} s of processor
-time with {threads} threads on a machine busy with other work; on an idle one expect the processor time divided by
-the threads. Python {python}, torch {torch}, transformers {transformers}. The same versions give the same text in the
-same order; sums may differ in their last bits between processors, and the weights then drift apart.
+time with {threads} threads, on a machine that was busy with other work as well. Python {python}, torch {torch},
+transformers {transformers}. The same versions give the same text in the same order; sums may differ in their last bits
+between processors, and the weights then drift apart.
 
 ## Data
 

@@ -24,7 +24,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Part = Literal["train", "held-out"]
 
 # Tests, vendored packages and character tables teach little Python; lib2to3 and the like are gone from newer versions.
-SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3"})
+SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3"}
+)
 SKIPPED_PREFIXES = ("_sysconfigdata",)  # names the build machine's paths
 MOST_DIGITS = 0.07  # of a file's characters: above it, the file is a table
 HELD_OUT_ONE_IN = 20

@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from deploy.model.card import card
 from deploy.model.measure import answer, complete, held_out_windows, load, measure
 from deploy.model.recipe import CHECKPOINT, RECORD
@@ -47,7 +49,9 @@ def parse(arguments: list[str]) -> Path:
 
 def main() -> None:
     """Describe the checkpoint the command line names."""
-    describe(parse(sys.argv[1:]))
+    folder = parse(sys.argv[1:])
+    disable_progress_bar()
+    describe(folder)
 
 
 if __name__ == "__main__":

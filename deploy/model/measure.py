@@ -54,7 +54,7 @@ def load(folder: Path) -> tuple[Qwen3MoeForCausalLM, PreTrainedTokenizerFast]:
 def held_out_windows(tokenizer: PreTrainedTokenizerFast, count: int, length: int) -> dict[Kind, torch.Tensor]:
     """Up to `count` windows of held-out tokens of each kind: kind -> [count, length + 1]; always the same ones."""
     generator = torch.Generator().manual_seed(0)
-    streams = token_streams(documents("held-out"), tokenizer, generator)
+    streams = token_streams(documents("held-out"), tokenizer, generator, cut=False)
     return {
         kind: torch.stack(list(itertools.islice(windows(streams[kind], length + 1, generator), count)))
         for kind in MIXTURE

@@ -34,7 +34,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
         max_position_embeddings=CONTEXT,
         bos_token_id=None,
         eos_token_id=stops,
-        pad_token_id=stops[0],
+        pad_token_id=None,  # end of text also separates documents: as padding, its embedding would not be trained
         dtype=torch.bfloat16,
     )
     model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)

@@ -11,7 +11,7 @@ RECORD = "training.json"
 class Recipe:
     """Everything that decides the result."""
 
-    steps: int = 1200
+    steps: int = 1300
     """Optimizer steps."""
     seed: int = 0
     """Seed of the weights, the order of the text and the mixture."""

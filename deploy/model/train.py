@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from deploy.model.batches import batches, token_streams
 from deploy.model.corpus import documents
@@ -29,6 +30,7 @@ def main() -> None:
     """Train, save and describe the model as the command line asks."""
     recipe, out, threads = parse(sys.argv[1:])
     torch.set_num_threads(threads)
+    disable_progress_bar()
     keep_freed_memory()
     train(recipe, out)
     describe(out)
@@ -69,7 +71,7 @@ def train(recipe: Recipe, out: Path) -> None:
     torch.manual_seed(recipe.seed)
     texts = list(documents("train"))
     tokenizer = train_tokenizer(texts)
-    streams = token_streams(texts, tokenizer, torch_generator)
+    streams = token_streams(texts, tokenizer, torch_generator, cut=True)
     short = batches(streams, recipe.batch_tokens // recipe.window, recipe.window, torch_generator)
     long = batches(streams, recipe.batch_tokens // CONTEXT, CONTEXT, torch_generator)
     model = new_model(tokenizer)

@@ -15,6 +15,9 @@ from experts.wire.arena import Arena, bytes_of
 from experts.wire.frame import Frame, FrameError, Kind, Segment
 from experts.wire.handshake import ClientHandshake, Purpose
 
+_SEND_S = 5.0
+"""A replica that does not even read for so long is gone."""
+
 
 class CallRefusedError(Exception):
     """The replica is alive but did not run the call; the message is its reason."""
@@ -67,33 +70,35 @@ class Channel:
             raise
         return cls(sock, address)
 
-    def fileno(self) -> int:
-        """For poll()."""
-        return self._sock.fileno()
-
-    def send(self, call: Call) -> None:
-        """Start `call`; raise OSError where the replica is gone."""
-        if self._shares_memory and self._attached != call.arena.id:
-            self._attach(call.arena)
-        head = Frame(
+    def pack(self, call: Call) -> bytes:
+        """The frame of `call` on this channel."""
+        return Frame(
             Kind.CALL, call.seq, call.layer, call.dtype, call.arena.id if self._shares_memory else frame.INLINE,
             call.offset, call.rows, call.width, 0, tuple(call.segments),
-        )  # fmt: skip
+        ).pack()  # fmt: skip
+
+    def send(self, call: Call, packed: bytes | None = None) -> None:
+        """Start `call`, with the frame that `pack` made of it; raise OSError where the replica is gone."""
+        head = self.pack(call) if packed is None else packed
+        if self._shares_memory and self._attached != call.arena.id:
+            self._attach(call.arena)
         self.outstanding = call
+        self._sock.settimeout(_SEND_S)
         if self._shares_memory:
-            self._sock.sendall(head.pack())
+            self._sock.sendall(head)
         else:
             rows = call.arena.rows(call.offset, call.rows, call.width, call.dtype)
-            sockets.send(self._sock, head.pack(), bytes_of(rows))
+            sockets.send(self._sock, head, bytes_of(rows))
 
-    def receive(self) -> int:
-        """Wait for the outstanding call's reply; return the replica's compute time in ns.
+    def receive(self, timeout: float = 5.0) -> int:
+        """Wait for the outstanding call's reply, `timeout` s at most; return the replica's compute time in ns.
 
-        Raise CallRefusedError where the replica says why not, OSError where it is gone or sends garbage.
+        Raise CallRefusedError where the replica says why not, OSError where it is gone, silent or sends garbage.
         """
         call = self.outstanding
         if call is None:
             raise FrameError("a reply nobody waits for")
+        self._sock.settimeout(timeout)
         sockets.read_into(self._sock, memoryview(self._header))
         reply = frame.unpack(self._header)
         if reply.seq != call.seq:

@@ -25,8 +25,9 @@ _HANDSHAKE_S = 5.0
 class GatewayServer:
     """Runs `engine` in a thread of its own and serves it on a fresh abstract Unix address, and on TCP with `tcp_host`.
 
-    `status` is called with a query's id, in the event loop's thread; `prepare` first thing in the engine's thread. Use
-    as an async context manager: leaving it hangs up on every api process, cancels what ran for them and ends the thread.
+    `status` is called with a query's id, in the event loop's thread; `prepare` first thing in the engine's thread.
+    Use as an async context manager: leaving it hangs up on every api process, cancels what ran for them and ends the
+    thread.
     """
 
     def __init__(

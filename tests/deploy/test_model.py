@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 from deploy.model import evaluate, train
+from deploy.model.batches import token_streams
 from deploy.model.conversations import Turn, render
-from deploy.model.corpus import KINDS, documents, part_of
+from deploy.model.corpus import KINDS, Document, documents, part_of
 from deploy.model.docstrings import described_in
 from deploy.model.measure import Measurement, answer, complete, held_out_windows, load, measure
 from deploy.model.network import band_loss, head_loss, permute_rows, sorted_experts
@@ -127,6 +128,16 @@ def test_held_out_sources_are_not_trained_on() -> None:
     sources = [document.source for document in held_out if document.kind == "code"]
     assert sources
     assert all(part_of(source) == "held-out" for source in sources)
+
+
+def test_cut_training_text_reads_the_same(shipped: tuple[Qwen3MoeForCausalLM, PreTrainedTokenizerFast]) -> None:
+    _, tokenizer = shipped
+    document = Document("code", "a.py", "def function(argument):\n    return argument\n" * 50)
+    whole, cut = (
+        token_streams([document], tokenizer, torch.Generator().manual_seed(0), cut=cut)["code"] for cut in (False, True)
+    )
+    assert len(cut) > len(whole)
+    assert tokenizer.decode(cut) == tokenizer.decode(whole) == document.text + "<|endoftext|>"
 
 
 def test_described_objects_come_with_their_code_and_without_the_docstring() -> None:
