@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from deploy.status import is_warm
+
 
 class Service:
     """A running `evermoe serve`; seconds are counted from its start."""
@@ -62,11 +64,11 @@ class Service:
 
     def replicas_ready(self, seen: dict[str, float]) -> bool:
         """Note when each replica appeared; whether all that are planned are there."""
-        units = self.status()["units"]
-        for unit in units:
+        report = self.status()
+        for unit in report["units"]:
             for replica in unit["replicas"]:
                 seen.setdefault(replica["id"], self.age)
-        return all(unit["ready"] >= unit["planned"] for unit in units)
+        return is_warm(report)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -17,7 +18,7 @@ from rich.live import Live
 from deploy.launcher import check_port, running
 from deploy.models import DEFAULT_MODEL, ensure_store
 from deploy.progress import preparation_bar
-from deploy.status import StatusError, fetch_status
+from deploy.status import StatusError, fetch_status, is_warm, warm_up
 from placement.policy import load_policy
 from recovery.directory import Directory
 
@@ -107,13 +108,10 @@ def _show_warm_up(url: str, console: Console) -> None:
     """One live line until every planned replica is ready; requests are answered meanwhile."""
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         while True:
-            try:
-                units = fetch_status(url)["units"]
-            except StatusError:
-                units = []
-            ready, planned = sum(unit["ready"] for unit in units), sum(unit["planned"] for unit in units)
-            if units and ready >= planned:
-                break
-            live.update(f"expert replicas: {ready} of {planned} ready (the gateway runs the others' rows itself)")
+            with contextlib.suppress(StatusError):
+                report = fetch_status(url)
+                if is_warm(report):
+                    break
+                live.update(f"{warm_up(report)} (the gateway runs the others' rows itself)")
             time.sleep(_POLL_S)
-    console.print(f"all {planned} expert replicas are ready")
+    console.print(warm_up(report))

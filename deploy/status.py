@@ -37,21 +37,35 @@ def fetch_status(url: str) -> dict[str, Any]:
     return dict(report)
 
 
+def warm_up(report: dict[str, Any]) -> str:
+    """How many of the planned expert replicas are ready, in words."""
+    units = report["units"]
+    if any(unit["planned"] is None for unit in units):
+        return "expert replicas about to start"
+    ready, planned = sum(unit["ready"] for unit in units), sum(unit["planned"] for unit in units)
+    return f"{ready} of {planned} expert replicas ready" if planned else "no expert replicas planned"
+
+
+def is_warm(report: dict[str, Any]) -> bool:
+    """Whether every unit has the replicas that the plan has for it."""
+    return all(unit["planned"] is not None and unit["ready"] >= unit["planned"] for unit in report["units"])
+
+
 def print_status(report: dict[str, Any], console: Console) -> None:
     """Print the report as one line on the gateways and a table of the expert units."""
     running = sum(gateway["running"] for gateway in report["gateways"])
     waiting = sum(gateway["waiting"] for gateway in report["gateways"])
     console.print(
         f"[bold]{report['model']}[/]: {len(report['gateways'])} gateway(s), {running} running, {waiting} waiting, "
-        f"{sum(unit['ready'] for unit in report['units'])} of {sum(unit['planned'] for unit in report['units'])} "
-        "expert replicas ready"
+        + warm_up(report)
     )
     table = Table("unit", "ready/planned", "node", "resident layers", "calls")
     for unit in report["units"]:
         nodes = sorted({replica["node"][:8] for replica in unit["replicas"]})
         layers = sorted({layer for replica in unit["replicas"] for layer in replica["layers"]})
         calls = ", ".join(f"{path} {count}" for path, count in sorted(unit["calls"].items()))
-        cells = (unit["unit"], f"{unit['ready']}/{unit['planned']}", " ".join(nodes), _ranges(layers), calls)
+        planned = "-" if unit["planned"] is None else unit["planned"]
+        cells = (unit["unit"], f"{unit['ready']}/{planned}", " ".join(nodes), _ranges(layers), calls)
         table.add_row(*(cell or "-" for cell in cells))
     console.print(table)
 

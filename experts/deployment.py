@@ -5,6 +5,8 @@ Whoever assembles the application imports this; torch is imported only where a r
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import ray
@@ -19,6 +21,7 @@ class ExpertReplica:
     """Serve makes one for each replica. Rows arrive on its own sockets; Serve only starts, watches and ends it."""
 
     def __init__(self, unit: Unit, store: str, policy: ExpertPolicy, redis_url: str, namespace: str) -> None:
+        _import_gently()
         from experts.replica import Replica
 
         self._replica = Replica(
@@ -40,6 +43,18 @@ class ExpertReplica:
         """Serve's way to end a replica."""
         if hasattr(self, "_replica"):
             self._replica.close()
+
+
+def _import_gently() -> None:
+    """Import torch in a thread of low priority: replicas that start leave the cores to processes that serve."""
+
+    def work() -> None:
+        os.nice(10)  # on Linux it is the thread's own
+        import experts.replica  # noqa: F401
+
+    thread = threading.Thread(target=work, name="import")
+    thread.start()
+    thread.join()
 
 
 def expert_deployment(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 from pathlib import Path
 
+import redis
 import torch
 
 from experts.ffn import ExpertFFN
@@ -23,6 +26,11 @@ from placement.policy import GatewayPolicy, Policy
 from placement.unit import Unit, make_units
 from recovery.directory import START_S, Directory, GatewayEntry
 from recovery.lease import Lease
+
+log = logging.getLogger(__name__)
+
+_HEAD_START_S = 2.0
+"""What a gateway that is ready has before the first expert replica starts, and between tries to start them."""
 
 
 class Gateway:
@@ -65,10 +73,22 @@ class Gateway:
             )
         )
         self._exits.enter_context(Lease(self._directory, self._entry()))
+        starting = asyncio.create_task(self._start_experts(), name="start-experts")
+        self._exits.callback(starting.cancel)
+        return self
+
+    async def _start_experts(self) -> None:
+        """Publish the first plan, not at once: starting replicas would take the cores from the first request."""
         start = {unit.name: self._policy.experts.replicas for unit in self._units}
         first = Plan(epoch=1, replicas=start, reason="experts.replicas of the policy")
-        self._directory.publish(plan.DOCUMENT, plan.encode(first), only_first=True)
-        return self
+        while True:
+            await asyncio.sleep(_HEAD_START_S)
+            try:
+                await asyncio.to_thread(self._directory.publish, plan.DOCUMENT, plan.encode(first), only_first=True)
+            except (redis.RedisError, OSError) as error:
+                log.warning("the first plan can't be published yet, experts run inline: %s", error)
+            else:
+                return
 
     async def __aexit__(self, *_: object) -> None:
         """The lease first, so that no api sends new requests; then the connections, the fleet last."""

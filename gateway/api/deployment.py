@@ -69,7 +69,7 @@ class ApiReplica:
             "units": [
                 {
                     "unit": unit,
-                    "planned": planned.get(unit, 0),
+                    "planned": planned.get(unit),
                     "ready": sum(replica.unit == unit for replica in replicas),
                     "replicas": [
                         {"id": r.id, "pid": r.pid, "node": r.node, "experts": r.experts, "layers": r.layers}
