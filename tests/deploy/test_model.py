@@ -52,8 +52,7 @@ def test_checkpoint_is_a_qwen3_moe_of_4_layers_and_8_experts(
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        ("def __init__(self, ", "self."),
-        ("for i in range(", "):\n"),
+        ("def __init__(self,", "self."),
         ("import os\n\ndef main():\n", "    "),
     ],
 )
@@ -68,7 +67,7 @@ def test_completes_python(
 def test_a_completed_signature_is_valid_python(
     shipped: tuple[Qwen3MoeForCausalLM, PreTrainedTokenizerFast],
 ) -> None:
-    prompt = "def __init__(self, "
+    prompt = "def __init__(self,"
     signature, colon, _ = (prompt + complete(*shipped, prompt, 40)).partition("):\n")
     assert colon
     ast.parse(f"{signature}): pass")
