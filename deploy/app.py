@@ -3,8 +3,6 @@
 serve run deploy.app:build model=/path/to/checkpoint policy=policy.yaml
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import secrets
@@ -45,6 +43,7 @@ class AppArgs(BaseModel):
     """Weights are served in this type: auto (the checkpoint's), float32, bfloat16 or float16."""
 
 
+# No postponed annotations in this file: Serve reads this one to know that it must make an AppArgs of what it was given.
 def build(args: AppArgs) -> serve.Application:
     """The application for `args`; raise StoreError, PolicyError or DirectoryError for what can't be served."""
     policy = load_policy(Path(args.policy) if args.policy else None)
@@ -64,7 +63,7 @@ def model_name(args: AppArgs) -> str:
 
 
 def assemble(
-    store: ExpertStore, policy: Policy, redis_url: str, name: str, *more: serve.Application
+    store: "ExpertStore", policy: Policy, redis_url: str, name: str, *more: serve.Application
 ) -> serve.Application:
     """The application of a store and a policy that meet in the Redis at `redis_url`; `more` nodes join it."""
     namespace = _namespace(store, policy, name)
@@ -75,7 +74,7 @@ def assemble(
     return api_deployment(path, fingerprint, name, redis_url, namespace, [gateway, *experts, *more])
 
 
-def _namespace(store: ExpertStore, policy: Policy, name: str) -> str:
+def _namespace(store: "ExpertStore", policy: Policy, name: str) -> str:
     """Tells applications on one Redis apart; the same application deployed again finds its place again."""
     identity = f"{store.manifest.fingerprint} {policy.model_dump_json()} {name}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]

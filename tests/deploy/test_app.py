@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from experts.errors import StoreError
 from tests.waiting import eventually
 
 SERVE_FILE = Path(__file__).parents[2] / "deploy" / "serve.yaml"
+
+
+def test_serve_is_told_what_arguments_there_are() -> None:
+    assert inspect.signature(build).parameters["args"].annotation is AppArgs
 
 
 def test_unknown_arguments_are_refused() -> None:
