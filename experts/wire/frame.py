@@ -39,6 +39,9 @@ class Kind(enum.IntEnum):
     ATTACH = 4
 
 
+_KINDS = frozenset(Kind)
+
+
 class FrameError(ConnectionError):
     """The bytes received are no frame of this protocol: the connection is of no further use."""
 
@@ -75,7 +78,7 @@ class Frame:
 def segment_bytes(header: bytes | bytearray) -> int:
     """How many bytes of segments follow this `header`; raise FrameError where it is none."""
     magic, kind, dtype, _, segments, *_ = HEADER.unpack(header)
-    if magic != MAGIC or kind not in Kind.__members__.values() or dtype >= len(DTYPES):
+    if magic != MAGIC or kind not in _KINDS or dtype >= len(DTYPES):
         raise FrameError("garbage instead of a frame")
     return int(segments) * SEGMENT.size
 

@@ -142,7 +142,7 @@ class _Connection:
         self._sock = sock
         self._compute = compute
         self._arena: Arena | None = None
-        self._header = bytearray(frame.HEADER.size)
+        self._head = bytearray(frame.HEADER.size + frame.SEGMENT.size)  # most calls have one segment: one read
 
     def run(self) -> None:
         """Answer frames until the gateway hangs up."""
@@ -160,7 +160,7 @@ class _Connection:
                     os.close(fd)
 
     def _next(self) -> tuple[Frame, array.array[int]]:
-        view = memoryview(self._header)
+        view, size = memoryview(self._head), frame.HEADER.size
         fds = array.array("i")
         got, control, _, _ = self._sock.recvmsg_into([view], socket.CMSG_SPACE(fds.itemsize), socket.MSG_CMSG_CLOEXEC)
         for level, kind, data in control:
@@ -168,8 +168,13 @@ class _Connection:
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
         if not got:
             raise ConnectionResetError
-        sockets.read_into(self._sock, view[got:])
-        return frame.unpack(self._header, sockets.read(self._sock, frame.segment_bytes(self._header))), fds
+        sockets.read_into(self._sock, view[got:size])
+        got = max(got, size)
+        missing = size + frame.segment_bytes(self._head[:size]) - got
+        if missing < 0:
+            raise FrameError("a frame without segments, and something behind it")
+        tail = self._head[size:got] + (sockets.read(self._sock, missing) if missing else b"")
+        return frame.unpack(self._head[:size], tail), fds
 
     def _attach(self, head: Frame, fds: array.array[int]) -> None:
         if len(fds) != 1:
