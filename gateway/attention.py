@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gateway import paged_decode
 from gateway.kv_cache import KVCache, LayerShape
 from gateway.latent import LatentHeads
 from gateway.masks import MaskRule
@@ -76,7 +77,8 @@ class AttentionStep:
         self._cache = cache
         slots = [slot for chunk in chunks for slot in cache.slots(chunk.table, chunk.start, chunk.count)]
         self._slots = torch.tensor(slots, device=device)
-        self._groups = group_rows(chunks, cache.block_size, device)
+        # The kernel reads each sequence as far as it goes; gathered, unlike lengths would be padding.
+        self._groups = group_rows(chunks, cache.block_size, device, by_length=not paged_decode.loaded())
         self._masks: dict[tuple[MaskRule, int], torch.Tensor | None] = {}
 
     def attend(
@@ -112,16 +114,44 @@ class AttentionStep:
     ) -> torch.Tensor:
         """Queries [Hkv, G, rows, Dk] of one group to outputs [rows, Hq, Dv]."""
         group = self._groups[index]
+        keys, values = self._cache.pools(layer)
+        if group.decodes and paged_decode.takes(keys, values):
+            every = None if sinks is None else sinks.flatten().float()
+            mask = None if rule.is_causal else self._mask(rule, index, torch.float32)
+            return paged_decode.paged_decode(
+                query.flatten(0, 1), keys, values, group.blocks, group.lengths, scaling,
+                None if mask is None else mask.flatten(0, 2), every,
+            )  # fmt: skip
+        return self._attend_gathered(layer, index, query, rule, scaling, sinks)
+
+    def _attend_gathered(
+        self,
+        layer: int,
+        index: int,
+        query: torch.Tensor,
+        rule: MaskRule,
+        scaling: float,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The same over copies of the sequences' blocks."""
+        group = self._groups[index]
         keys, values = self._cached(layer, group)  # [Hkv, B, S, D]
-        mask = self._mask(rule, index, query.dtype)
         if group.decodes:  # a product per sequence: its heads of one group are the rows
-            query = query.transpose(1, 2)
+            mask = self._mask(rule, index, query.dtype)
             sinks = None if sinks is None else sinks[:, None, :]
-            return _mix(query, keys, values, mask, scaling, sinks).transpose(0, 1).flatten(1, 2)
+            return _mix(query.transpose(1, 2), keys, values, mask, scaling, sinks).transpose(0, 1).flatten(1, 2)
+        heads, by_sequence = keys.shape[:2]
+        split = query.unflatten(2, (by_sequence, group.count)).transpose(1, 2).flatten(0, 1)
         shared = (-1, query.shape[1], -1, -1)
-        sinks = None if sinks is None else sinks[:, :, None]
-        mixed = _mix(query, keys.expand(shared), values.expand(shared), mask, scaling, sinks)
-        return mixed.permute(2, 0, 1, 3).flatten(1, 2)
+        keys, values = (kept.flatten(0, 1)[:, None].expand(shared) for kept in (keys, values))
+        causal = rule.is_causal and group.from_start and sinks is None  # the kernel then skips what nobody sees
+        mask = None if causal else self._mask(rule, index, query.dtype)
+        if mask is not None and by_sequence > 1:
+            mask = mask.transpose(0, 1).repeat(heads, 1, 1, 1)
+        if sinks is not None:
+            sinks = sinks.repeat_interleave(by_sequence, 0)[:, :, None]
+        mixed = _mix(split, keys, values, mask, scaling, sinks, causal=causal)
+        return mixed.unflatten(0, (heads, by_sequence)).permute(1, 3, 0, 2, 4).flatten(0, 1).flatten(1, 2)
 
     def _cached(self, layer: int, group: RowGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the group's sequences, each [Hkv, B, S, D]."""
@@ -159,7 +189,7 @@ class ShapeProbe:
 
 
 def _additive(rule: MaskRule, group: RowGroup, dtype: torch.dtype) -> torch.Tensor | None:
-    """0 or -inf for each score: [1, B, 1, S] for decoding rows, [1, 1, n, S] for a chunk."""
+    """0 or -inf for each score: [1, B, n, S]."""
     if rule.is_causal and group.positions.numel() == 1:
         return None  # a single row sees all of its own sequence
     allowed = rule.allowed(group.positions, group.keys)
@@ -174,13 +204,15 @@ def _mix(
     mask: torch.Tensor | None,
     scaling: float,
     sinks: torch.Tensor | None,
+    *,
+    causal: bool = False,
 ) -> torch.Tensor:
     """softmax(query @ keys * scaling + mask) @ values, all [X, Y, rows or keys, D]; `sinks` broadcasts to [X, Y, rows].
 
     A sink is one more term of the softmax that carries no value: it scales the row by its share of the sum.
     """
     if sinks is None:
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling, is_causal=causal)
     mixed, log_sums = _mix_with_sums(query, keys, values, mask, scaling)
     return mixed * torch.sigmoid(log_sums - sinks.float())[..., None].to(mixed.dtype)
 

@@ -64,4 +64,5 @@ def build_batch(
 
 
 def _place(work: Work, block_size: int) -> tuple[int, int]:
-    return work.count, length_class(work.sequence.computed + 1, block_size) if work.count == 1 else 0
+    length = work.sequence.computed + work.count
+    return work.count, length_class(length, block_size) if work.count == 1 else -(-length // block_size)

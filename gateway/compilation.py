@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from experts.store import ExpertStore
-from gateway import layer_ops
+from gateway import layer_ops, paged_decode
 from gateway.compiled_layers import CallPattern, CompiledLayer, UncompilableError, check, package, patterns, signature
 from gateway.masks import MaskRule
 from gateway.model import GatewayModel, load_model
@@ -53,6 +53,7 @@ class Echo:
 
 def adopt(model: GatewayModel, folder: Path) -> int:
     """Let `model` run what `folder` has of its layers from now on; how many they are. Between two steps only."""
+    paged_decode.load(folder)
     adopted = 0
     for index, (pattern, file) in enumerate(_packages(model, folder)):
         if not file.exists():
@@ -137,6 +138,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = load_model(ExpertStore.open(store), experts=Echo.experts)
     folder.mkdir(parents=True, exist_ok=True)
+    paged_decode.build(folder)
     for layer, (pattern, file) in zip(model.layers, _packages(model, folder), strict=True):
         if not file.exists():
             package(layer, pattern, file)

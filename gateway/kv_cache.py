@@ -77,6 +77,11 @@ class KVCache:
         if layer in self._values:
             self._values[layer].flatten(1, 2).index_copy_(1, slots, values)
 
+    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer, [heads, blocks, block_size, dim]."""
+        keys = self._keys[layer]
+        return keys, self._values.get(layer, keys)
+
     def read(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The contents of `blocks` [N] as keys [heads, N * block_size, key_dim] and values [.., value_dim]."""
         keys = self._keys[layer].index_select(1, blocks).flatten(1, 2)

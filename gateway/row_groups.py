@@ -20,16 +20,26 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """Rows attended together: one row of each of B sequences (`decodes`), or n rows of one sequence."""
+    """Rows attended together: n rows of each of B sequences."""
 
     rows: slice
-    decodes: bool
+    count: int
+    """n"""
     blocks: torch.Tensor
     """[B, W]: the sequences' blocks, short tables padded"""
     positions: torch.Tensor
     """[B, n]"""
+    lengths: torch.Tensor
+    """[B]: cached tokens of each sequence, these rows included"""
     keys: int
-    """Cached tokens of the longest sequence, these rows included"""
+    """The longest of them"""
+    from_start: bool
+    """The rows are the first of their sequences, and all there is of them."""
+
+    @property
+    def decodes(self) -> bool:
+        """One row of each sequence."""
+        return self.count == 1
 
 
 def length_class(tokens: int, block_size: int) -> int:
@@ -37,32 +47,40 @@ def length_class(tokens: int, block_size: int) -> int:
     return (-(-tokens // block_size) - 1).bit_length()
 
 
-def group_rows(chunks: Sequence[Chunk], block_size: int, device: torch.device | str = "cpu") -> list[RowGroup]:
-    """Neighbouring single rows of one length class together, every longer chunk alone; rows keep their order."""
+def group_rows(
+    chunks: Sequence[Chunk], block_size: int, device: torch.device | str = "cpu", *, by_length: bool = True
+) -> list[RowGroup]:
+    """Neighbours with alike numbers of rows and, `by_length`, lengths are one group; rows keep their order.
 
-    def kind(numbered: tuple[int, Chunk]) -> tuple[str, int]:
-        index, chunk = numbered
-        return ("decode", length_class(chunk.start + 1, block_size)) if chunk.count == 1 else ("chunk", index)
+    Alike are decoding sequences of one length class, and longer chunks that take as many blocks.
+    """
+
+    def kind(chunk: Chunk) -> tuple[int, int]:
+        if chunk.count > 1:
+            return chunk.count, -(-(chunk.start + chunk.count) // block_size)
+        return 1, length_class(chunk.start + 1, block_size) if by_length else 0
 
     groups: list[RowGroup] = []
     row = 0
-    for _, members in itertools.groupby(enumerate(chunks), kind):
-        groups.append(_row_group([chunk for _, chunk in members], row, block_size, device))
+    for _, members in itertools.groupby(chunks, kind):
+        groups.append(_row_group(list(members), row, block_size, device))
         row = groups[-1].rows.stop
     return groups
 
 
 def _row_group(chunks: list[Chunk], row: int, block_size: int, device: torch.device | str) -> RowGroup:
     count = chunks[0].count
-    keys = max(chunk.start + count for chunk in chunks)
-    width = -(-keys // block_size)
+    lengths = [chunk.start + count for chunk in chunks]
+    width = -(-max(lengths) // block_size)
     # Short tables are padded with their own first block: read, masked, and never another sequence's.
     blocks = [[*chunk.table[:width], *[chunk.table[0]] * (width - len(chunk.table))] for chunk in chunks]
     positions = [list(range(chunk.start, chunk.start + count)) for chunk in chunks]
     return RowGroup(
         rows=slice(row, row + len(chunks) * count),
-        decodes=count == 1,
+        count=count,
         blocks=torch.tensor(blocks, device=device),
         positions=torch.tensor(positions, device=device),
-        keys=keys,
+        lengths=torch.tensor(lengths, device=device),
+        keys=max(lengths),
+        from_start=all(chunk.start == 0 for chunk in chunks),
     )

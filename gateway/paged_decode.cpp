@@ -1,0 +1,222 @@
+// Attention of decoding rows over the paged KV cache: each row against its own sequence, block by block, no copies.
+//
+// torch has no CPU kernel that reads a block table; gathering the blocks first costs as much as the attention itself.
+// A task is one sequence and one key head with the query heads that share it. Sums are fp32.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Vec::size();
+
+// `count` numbers (a multiple of the vector's width) as floats.
+template <typename T>
+inline void widen(const T* from, float* to, int64_t count) {
+  if constexpr (std::is_same_v<T, float>) {
+    std::copy(from, from + count, to);
+  } else {
+    using Half = at::vec::Vectorized<T>;
+    int64_t i = 0;
+    for (; i + Half::size() <= count; i += Half::size()) {
+      const auto [low, high] = [&] {
+        if constexpr (std::is_same_v<T, at::BFloat16>) return at::vec::convert_bfloat16_float(Half::loadu(from + i));
+        else return at::vec::convert_half_float(Half::loadu(from + i));
+      }();
+      low.store(to + i);
+      high.store(to + i + kLanes);
+    }
+    for (; i < count; ++i) to[i] = static_cast<float>(from[i]);
+  }
+}
+
+inline float sum_of(const Vec& lanes) {
+  return at::vec::vec_reduce_all<float>([](const Vec& x, const Vec& y) { return x + y; }, lanes);
+}
+
+// scores[t] = query . rows[t]. With `N` vectors a row, known when compiled, the query stays in registers; N = 0: any.
+template <int N>
+inline void score(const float* query, const float* rows, int64_t dim, int64_t count, float* scores) {
+  if constexpr (N > 0) {
+    Vec q[N];
+    for (int i = 0; i < N; ++i) q[i] = Vec::loadu(query + i * kLanes);
+    for (int64_t t = 0; t < count; ++t) {
+      Vec sum = q[0] * Vec::loadu(rows + t * dim);
+      for (int i = 1; i < N; ++i) sum = at::vec::fmadd(q[i], Vec::loadu(rows + t * dim + i * kLanes), sum);
+      scores[t] = sum_of(sum);
+    }
+  } else {
+    for (int64_t t = 0; t < count; ++t) {
+      Vec sum(0.0f);
+      for (int64_t i = 0; i < dim; i += kLanes)
+        sum = at::vec::fmadd(Vec::loadu(query + i), Vec::loadu(rows + t * dim + i), sum);
+      scores[t] = sum_of(sum);
+    }
+  }
+}
+
+// sums += weights[t] * rows[t]
+template <int N>
+inline void mix(float* sums, const float* weights, const float* rows, int64_t dim, int64_t count) {
+  if constexpr (N > 0) {
+    Vec held[N];
+    for (int i = 0; i < N; ++i) held[i] = Vec::loadu(sums + i * kLanes);
+    for (int64_t t = 0; t < count; ++t) {
+      const Vec weight(weights[t]);
+      for (int i = 0; i < N; ++i) held[i] = at::vec::fmadd(weight, Vec::loadu(rows + t * dim + i * kLanes), held[i]);
+    }
+    for (int i = 0; i < N; ++i) held[i].store(sums + i * kLanes);
+  } else {
+    for (int64_t t = 0; t < count; ++t) {
+      const Vec weight(weights[t]);
+      for (int64_t i = 0; i < dim; i += kLanes)
+        at::vec::fmadd(weight, Vec::loadu(rows + t * dim + i), Vec::loadu(sums + i)).store(sums + i);
+    }
+  }
+}
+
+template <typename Run>
+inline void by_width(int64_t dim, const Run& run) {
+  switch (dim / kLanes) {
+    case 4: return run.template operator()<4>();
+    case 8: return run.template operator()<8>();
+    case 16: return run.template operator()<16>();
+    default: return run.template operator()<0>();
+  }
+}
+
+// In place: scores (padded to whole vectors) to their exponentials over `total`.
+inline void softmax(float* scores, int64_t count, const float* sink) {
+  float best = *std::max_element(scores, scores + count);
+  if (sink) best = std::max(best, *sink);
+  const Vec shift(best);
+  Vec sums(0.0f);
+  std::fill(scores + count, scores + (count + kLanes - 1) / kLanes * kLanes, -std::numeric_limits<float>::infinity());
+  for (int64_t t = 0; t < count; t += kLanes) {
+    const Vec e = (Vec::loadu(scores + t) - shift).exp();
+    e.store(scores + t);
+    sums = sums + e;
+  }
+  const Vec share(1.0f / (sum_of(sums) + (sink ? std::exp(*sink - best) : 0.0f)));
+  for (int64_t t = 0; t < count; t += kLanes) (Vec::loadu(scores + t) * share).store(scores + t);
+}
+
+// Asks for memory that will be read next: blocks lie anywhere, which no hardware prefetcher foresees.
+template <typename T>
+inline void prefetch(const T* from, int64_t count) {
+  const char* start = reinterpret_cast<const char*>(from);
+  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(start + i);
+}
+
+struct Shape {
+  int64_t sequences, key_heads, group, key_dim, value_dim, blocks, block_size, width, longest;
+};
+
+// One task: scores of all cached tokens, softmax, weighted sum of the values.
+template <typename T>
+void attend(const Shape& s, const T* query, int64_t head_stride, const T* keys, const T* values, const int64_t* table,
+            int64_t length, float scale, const float* mask, const float* sinks, T* out, std::vector<float>& scratch) {
+  const int64_t key_step = s.block_size * s.key_dim, value_step = s.block_size * s.value_dim;
+  const int64_t room = (s.longest + 2 * kLanes) / kLanes * kLanes;
+  scratch.resize(s.group * (s.key_dim + room + s.value_dim) + s.block_size * std::max(s.key_dim, s.value_dim));
+  float* q = scratch.data();
+  float* scores = q + s.group * s.key_dim;
+  float* sums = scores + s.group * room;
+  float* rows = sums + s.group * s.value_dim;
+  for (int64_t g = 0; g < s.group; ++g) {
+    widen(query + g * head_stride, q + g * s.key_dim, s.key_dim);
+    for (int64_t i = 0; i < s.key_dim; ++i) q[g * s.key_dim + i] *= scale;
+  }
+  for (int64_t t = 0; t < length; t += s.block_size) {
+    const int64_t count = std::min(s.block_size, length - t);
+    if (t + s.block_size < length) prefetch(keys + table[t / s.block_size + 1] * key_step, key_step);
+    widen(keys + table[t / s.block_size] * key_step, rows, count * s.key_dim);
+    by_width(s.key_dim, [&]<int N>() {
+      for (int64_t g = 0; g < s.group; ++g) score<N>(q + g * s.key_dim, rows, s.key_dim, count, scores + g * room + t);
+    });
+  }
+  for (int64_t g = 0; g < s.group; ++g) {
+    if (mask)
+      for (int64_t t = 0; t < length; ++t) scores[g * room + t] += mask[t];
+    softmax(scores + g * room, length, sinks ? sinks + g : nullptr);
+  }
+  std::fill(sums, sums + s.group * s.value_dim, 0.0f);
+  for (int64_t t = 0; t < length; t += s.block_size) {
+    const int64_t count = std::min(s.block_size, length - t);
+    if (t + s.block_size < length) prefetch(values + table[t / s.block_size + 1] * value_step, value_step);
+    widen(values + table[t / s.block_size] * value_step, rows, count * s.value_dim);
+    by_width(s.value_dim, [&]<int N>() {
+      for (int64_t g = 0; g < s.group; ++g)
+        mix<N>(sums + g * s.value_dim, scores + g * room + t, rows, s.value_dim, count);
+    });
+  }
+  for (int64_t i = 0; i < s.group * s.value_dim; ++i) out[i] = static_cast<T>(sums[i]);
+}
+
+// query [Hq, B, Dk] (rows contiguous), keys [Hkv, blocks, block_size, Dk], values [.., Dv], tables [B, W] and
+// lengths [B] int64, mask [B, S] and sinks [Hq] fp32 or none; result [B, Hq, Dv].
+at::Tensor paged_decode(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+                        const at::Tensor& tables, const at::Tensor& lengths, double scale,
+                        const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& sinks) {
+  Shape s{};
+  s.sequences = query.size(1);
+  s.key_heads = keys.size(0);
+  s.group = query.size(0) / s.key_heads;
+  s.key_dim = keys.size(3);
+  s.value_dim = values.size(3);
+  s.blocks = keys.size(1);
+  s.block_size = keys.size(2);
+  s.width = tables.size(1);
+  const int64_t* length = lengths.const_data_ptr<int64_t>();
+  s.longest = *std::max_element(length, length + s.sequences);
+  TORCH_CHECK(query.stride(2) == 1 && keys.is_contiguous() && values.is_contiguous() && tables.is_contiguous());
+  TORCH_CHECK(s.key_dim % kLanes == 0 && s.value_dim % kLanes == 0 && s.longest <= s.width * s.block_size);
+  TORCH_CHECK(!mask || (mask->is_contiguous() && mask->size(1) >= s.longest));
+  at::Tensor out = at::empty({s.sequences, s.key_heads * s.group, s.value_dim}, query.options());
+  const int64_t grain = std::max<int64_t>(1, 16384 / (s.longest * s.group + 1));
+  const auto run = [&]<typename scalar_t>() {
+    const scalar_t* q = query.const_data_ptr<scalar_t>();
+    at::parallel_for(0, s.sequences * s.key_heads, grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / s.key_heads, h = task % s.key_heads, head = h * s.group;
+        attend<scalar_t>(
+            s, q + head * query.stride(0) + b * query.stride(1), query.stride(0),
+            keys.const_data_ptr<scalar_t>() + h * s.blocks * s.block_size * s.key_dim,
+            values.const_data_ptr<scalar_t>() + h * s.blocks * s.block_size * s.value_dim,
+            tables.const_data_ptr<int64_t>() + b * s.width, length[b], static_cast<float>(scale),
+            mask ? mask->const_data_ptr<float>() + b * mask->size(1) : nullptr,
+            sinks ? sinks->const_data_ptr<float>() + head : nullptr,
+            out.mutable_data_ptr<scalar_t>() + (b * s.key_heads + h) * s.group * s.value_dim, scratch);
+      }
+    });
+  };
+  switch (query.scalar_type()) {
+    case at::kFloat: run.operator()<float>(); break;
+    case at::kBFloat16: run.operator()<at::BFloat16>(); break;
+    case at::kHalf: run.operator()<at::Half>(); break;
+    default: TORCH_CHECK(false, "paged_decode takes float32, bfloat16 and float16");
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(evermoe, library) {
+  library.def(
+      "paged_decode(Tensor query, Tensor keys, Tensor values, Tensor tables, Tensor lengths, float scale, "
+      "Tensor? mask, Tensor? sinks) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(evermoe, CPU, library) { library.impl("paged_decode", &paged_decode); }
