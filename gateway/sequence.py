@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gateway.messages import SamplingParams
+from gateway.sampling_state import SamplingState
 
 
 @dataclass(eq=False, slots=True)
@@ -21,6 +22,10 @@ class Sequence:
     """Leading tokens whose keys and values are cached."""
     blocks: list[int] = field(default_factory=list)
     """Cache blocks in order: token ``i`` lives in ``blocks[i // block_size]``."""
+    sampling: SamplingState = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampling = SamplingState(self.params, self.prompt_length, self.generated)
 
     @property
     def generated(self) -> int:
@@ -31,6 +36,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens still to be computed; 1 for a sequence that only decodes."""
         return len(self.tokens) - self.computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the prompt's rows must be computed for their logits' sake, cached or not."""
+        return self.sampling.prompt_logprobs is not None
 
     @property
     def length_limit(self) -> int:
