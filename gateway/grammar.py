@@ -49,9 +49,9 @@ class GrammarState:
 
     def allowed(self, vocabulary: int) -> npt.NDArray[np.bool_]:
         """[vocabulary]: whether each token may come next; with a failure none may."""
+        words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             return np.zeros(vocabulary, dtype=np.bool_)
-        words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         return np.unpackbits(words, count=vocabulary, bitorder="little").view(np.bool_)
 
 
@@ -67,23 +67,26 @@ class Grammars:
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
+        """Held for moments only: whoever starts a compiled grammar never waits for another to be compiled."""
 
     def start(self, grammar: str, prompt_length: int) -> GrammarState:
         """The beginning of `grammar`, compiled now if it was not before; raise GrammarError."""
         with self._lock:
-            return GrammarState(self._matcher(grammar).deep_copy(), prompt_length)
-
-    def _matcher(self, grammar: str) -> llguidance.LLMatcher:
-        matcher = self._compiled.pop(grammar, None) or self._compile(grammar)
-        self._compiled[grammar] = matcher
-        if len(self._compiled) > _KEPT:
-            self._compiled.popitem(last=False)
-        return matcher
+            matcher = self._compiled.get(grammar)
+        if matcher is None:
+            matcher = self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar] = matcher
+            self._compiled.move_to_end(grammar)
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+            return GrammarState(matcher.deep_copy(), prompt_length)
 
     def _compile(self, grammar: str) -> llguidance.LLMatcher:
         if self._tokenizer is None:
             self._tokenizer = _load_tokenizer(self._store, self._vocabulary)
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarError(f"`response_format` can't be used: {matcher.get_error().strip()}.")
         return matcher

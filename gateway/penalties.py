@@ -41,7 +41,8 @@ class TokenCounts:
         for token in dict.fromkeys(tokens[self._seen : self._prompt]):
             self._slot(token)
         for token in tokens[max(self._seen, self._prompt) :]:
-            self._counts[self._slot(token)] += 1
+            slot = self._slot(token)
+            self._counts[slot] += 1
         self._seen = len(tokens)
 
     def _slot(self, token: int) -> int:

@@ -29,6 +29,7 @@ class FakeEngine:
         self.vocabulary = vocabulary
         self.running: dict[str, tuple[Submit, int]] = {}
         self.submitted: list[Submit] = []
+        self.prepared: list[str] = []
         self.cancelled = 0
         self.finished = 0
         self.fails: Exception | None = None
@@ -46,6 +47,9 @@ class FakeEngine:
             self.running[submit.request_id] = (submit, len(submit.emitted))
             self.submitted.append(submit)
             self._changed.notify_all()
+
+    def prepare(self, submit: Submit) -> None:
+        self.prepared.append(submit.request_id)
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
@@ -94,7 +98,7 @@ class FakeEngine:
         token = self.reply(submit.prompt_token_ids, position)
         position += 1
         self.running[request_id] = (submit, position)
-        stopped = token in submit.params.stop_token_ids and position >= submit.params.min_tokens
+        stopped = token in submit.params.stop_token_ids and position > submit.params.min_tokens
         reason = "stop" if stopped else "length" if position == submit.params.max_tokens else None
         if reason:
             del self.running[request_id]
