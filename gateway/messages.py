@@ -65,6 +65,13 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
         pairs = list(zip(ids, best, strict=True))
         return [(own, pairs[i * width : (i + 1) * width]) for i, own in enumerate(chosen)]
 
+    def split(self) -> list[Logprobs]:
+        """One for each token."""
+        count = len(self.chosen) // 4
+        width = len(self.best) // (count or 1)
+        cut = [slice(i * width, (i + 1) * width) for i in range(count)]
+        return [Logprobs(self.chosen[4 * i : 4 * i + 4], self.best_ids[at], self.best[at]) for i, at in enumerate(cut)]
+
     @classmethod
     def join(cls, parts: Iterable[Logprobs]) -> Logprobs:
         """The tokens of `parts`, all of one width, in order."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from gateway.link import GatewayClient, GatewayPool, GatewayServer
-from gateway.messages import Delta, GatewayStatus, SamplingParams, Submit
+from gateway.messages import Delta, GatewayStatus, Logprobs, SamplingParams, Submit
 
 SECRET = b"a secret of the cluster"
 MODEL = "0123456789abcdef"
@@ -103,7 +104,25 @@ class FakeEngine:
         if reason:
             del self.running[request_id]
             self.finished += 1
-        return Delta(request_id=request_id, token_ids=[token], finish_reason=reason, stop_token=stopped)
+        params = submit.params
+        told = position == 1 and params.prompt_logprobs is not None
+        return Delta(
+            request_id=request_id,
+            token_ids=[token],
+            finish_reason=reason,
+            stop_token=stopped,
+            logprobs=None if params.logprobs is None else scores([token], params.logprobs),
+            prompt_logprobs=scores(submit.prompt_token_ids[1:], params.prompt_logprobs or 0) if told else None,
+        )
+
+
+def scores(tokens: list[int], best: int) -> Logprobs:
+    """-t/1000 for token ``t``; the likeliest are 10, 11, 12..., at -0.5, -1.5, -2.5..."""
+    return Logprobs(
+        array("f", [-token / 1000 for token in tokens]).tobytes(),
+        array("i", [10 + i for _ in tokens for i in range(best)]).tobytes(),
+        array("f", [-0.5 - i for _ in tokens for i in range(best)]).tobytes(),
+    )
 
 
 @asynccontextmanager
