@@ -30,7 +30,6 @@ class FakeEngine:
         self.vocabulary = vocabulary
         self.running: dict[str, tuple[Submit, int]] = {}
         self.submitted: list[Submit] = []
-        self.prepared: list[str] = []
         self.cancelled = 0
         self.finished = 0
         self.fails: Exception | None = None
@@ -50,7 +49,7 @@ class FakeEngine:
             self._changed.notify_all()
 
     def prepare(self, submit: Submit) -> None:
-        self.prepared.append(submit.request_id)
+        """Nothing takes time here."""
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
@@ -135,7 +134,9 @@ async def serve(engine: FakeEngine, tcp_host: str | None = None) -> AsyncIterato
             engine.stop_pacing()
 
 
-def submit(request_id: str = "r", prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 5, **params: int) -> Submit:
+def submit(
+    request_id: str = "r", prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 5, **params: int | str
+) -> Submit:
     sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
     return Submit(request_id=request_id, prompt_token_ids=list(prompt), params=sampling)
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway.api.scored_text import ScoredText
-from gateway.api.text import SequenceText
+from gateway.api.text import ScoredToken, SequenceText
 from gateway.api.token_bytes import TokenBytes
 from gateway.api.tokenizer import Tokenizer
 from gateway.messages import Delta
@@ -179,7 +179,8 @@ def test_however_tokens_are_grouped_they_stay_in_step(
     tokenizer, known = tokens
     ids = tokenizer.encode(text, special=False)
     scored = ScoredText(SequenceText(tokenizer.decode, stops), start=5)
-    said, given, rest, reason = "", [], list(ids), None
+    said, rest, reason = "", list(ids), None
+    given: list[ScoredToken] = []
     for size in [*groups, len(ids)]:
         group, rest = rest[:size], rest[size:]
         end = None if rest else "length"
