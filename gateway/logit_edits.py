@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 
 from gateway import grammar, penalties
@@ -25,10 +26,11 @@ def edit(logits: torch.Tensor, sequences: Seq[Sequence], needs: int) -> None:
 
 
 def _add_bias(logits: torch.Tensor, sequences: Seq[Sequence]) -> None:
-    entries = [(row, *entry) for row, sequence in enumerate(sequences) for entry in sequence.sampling.bias]
-    rows, tokens, values = zip(*entries, strict=True)
-    index = torch.tensor([rows, tokens], device=logits.device)
-    logits[index[0], index[1]] += logits.new_tensor(values)
+    biased = [(row, bias) for row, one in enumerate(sequences) if (bias := one.sampling.bias) is not None]
+    rows = np.repeat([row for row, _ in biased], [len(tokens) for _, (tokens, _) in biased])
+    tokens, values = (np.concatenate(parts) for parts in zip(*(bias for _, bias in biased), strict=True))
+    index = torch.from_numpy(np.stack([rows, tokens])).to(logits.device)
+    logits[index[0], index[1]] += torch.from_numpy(values).to(logits.device)
 
 
 def _penalise(logits: torch.Tensor, sequences: Seq[Sequence]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from gateway.grammar import GrammarState
 from gateway.logprobs import PromptLogprobs
 from gateway.messages import Logprobs, SamplingParams
@@ -31,7 +34,7 @@ class SamplingState:
     def __init__(self, params: SamplingParams, prompt_length: int, generated: int) -> None:
         self.needs = _needs(params)
         self.counts = TokenCounts(params, prompt_length) if self.needs & PENALTIES else None
-        self.bias = list((params.logit_bias or {}).items())
+        self.bias = _bias(params.logit_bias) if params.logit_bias else None
         self.grammar: GrammarState | None = None
         self.prompt_logprobs: PromptLogprobs | None = None
         # Whoever has the first token has the prompt's log-probabilities too: they travel together.
@@ -61,6 +64,11 @@ class SamplingState:
             return None
         collected, self.prompt_logprobs = self.prompt_logprobs.result(), None
         return collected
+
+
+def _bias(bias: dict[int, float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Tokens [B], and what is added to the logit of each [B]."""
+    return np.array(list(bias), dtype=np.int64), np.array(list(bias.values()), dtype=np.float32)
 
 
 def _needs(params: SamplingParams) -> int:

@@ -22,6 +22,8 @@ from gateway.api.text import SequenceText, Text
 from gateway.messages import SamplingParams, Submit
 
 _COMPLETION_TOKENS = 16
+_MAX_SCORES = 500_000
+"""Log-probabilities of one echoed prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ async def completion_job(body: CompletionRequest, model: ServedModel) -> Job:
     """Check and tokenize a completion request; raise ApiError."""
     _check_completion(body)
     ids = await prompts.of_completion(body, model)
+    _check_scores(body, ids)
     wishes = await _wishes(body, model, body.logprobs, echo=bool(body.echo))
     job = _job("cmpl", body, model, ids, "prompt", _asked(body), _COMPLETION_TOKENS, wishes)
     if not body.echo:
@@ -117,6 +120,13 @@ def _check_completion(body: CompletionRequest) -> None:
         raise invalid(
             "best_of", "`best_of` is not supported by this server, unless it is `n`.", "unsupported_parameter"
         )
+
+
+def _check_scores(body: CompletionRequest, prompts: list[list[int]]) -> None:
+    """A prompt's scores come in one message from the gateway."""
+    asked = max(map(len, prompts)) * ((body.logprobs or 0) + 1)
+    if body.echo and body.logprobs is not None and asked > _MAX_SCORES:
+        raise invalid("logprobs", f"`logprobs` of so long a prompt are too many ({asked}): at most {_MAX_SCORES}.")
 
 
 def _asked(body: CompletionRequest) -> int | None:

@@ -14,8 +14,8 @@ from gateway.api.requests import ResponseFormat
 
 _LONG_SCHEMA = 4096
 """Characters from which a schema is compiled in a thread."""
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
-"""Between two parts of JSON at most so much: models that lose their way go on with it for ever."""
+_WHITESPACE = r"\x20|\x0A[\x20\x09]{0,24}"
+"""Between two parts of JSON a space, or a new line and its indentation: given more, some models never find an end."""
 _ANY_OBJECT = '{"type":"object"}'
 
 

@@ -216,6 +216,14 @@ def grammars() -> Grammars:
 
 
 class TestMasks:
+    def test_whitespace_comes_to_an_end(self, grammars: Grammars, tokenizer: Tokenizer) -> None:
+        """A space, or a new line and its indentation: a model can't go on with it for ever."""
+        much = "{\n" + " " * 25
+        for text, fine in (('{ "', True), ('{\n    "', True), ("{  ", False), ("{\n\n", False), (much, False)):
+            state = grammars.start(grammar({"type": "object"}), 0)
+            state.catch_up([tokenizer.token_to_id(c.replace(" ", "Ġ").replace("\n", "Ċ")) or 0 for c in text])
+            assert (state.failure is None) == fine, text
+
     def test_only_what_the_grammar_allows_is_chosen(self, grammars: Grammars, tokenizer: Tokenizer) -> None:
         state = grammars.start(grammar({"enum": ["yes", "no"]}), 0)
         allowed = np.nonzero(state.allowed(4096))[0]

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from gateway.messages import SamplingParams, Submit
-from tests.gateway.api.serving import CONTEXT, NAME, TEXT, Api, error_of
+from tests.gateway.api.serving import CONTEXT, NAME, TEXT, Api, api_of, error_of
 from tests.gateway.api.test_over_http import openai_client
 
 pytestmark = pytest.mark.anyio
@@ -55,6 +55,13 @@ async def test_logprobs_are_asked_of_the_prompt_only_to_echo_them(api: Api) -> N
         await api.completion(**body)
     params = [submit.params for submit in api.engine.submitted]
     assert [(p.logprobs, p.prompt_logprobs) for p in params] == [(3, None), (3, 3), (None, None)]
+
+
+async def test_a_prompt_can_only_be_scored_as_far_as_a_message_holds(store: Path) -> None:
+    async with api_of(store, context_length=100_000) as api:
+        body = {"prompt": [5] * 50_000, "echo": True, "max_tokens": 0}
+        assert error_of(await api.completion(logprobs=20, **body), 400)["param"] == "logprobs"
+        assert len((await api.completion(logprobs=1, **body)).json()["choices"][0]["logprobs"]["tokens"]) == 50_000
 
 
 async def test_a_length_that_nobody_asked_for_may_be_cut(api: Api) -> None:
