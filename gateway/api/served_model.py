@@ -6,10 +6,12 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from experts.errors import StoreError
+from gateway.api.token_bytes import TokenBytes
 from gateway.api.tokenizer import Tokenizer
 
 
@@ -48,6 +50,11 @@ class ServedModel:
     defaults: SamplingDefaults = SamplingDefaults()
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time in seconds."""
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of single tokens."""
+        return TokenBytes(self.tokenizer)
 
     @classmethod
     def load(cls, config: ApiConfig) -> ServedModel:
