@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from gateway.batch import build_batch
 from gateway.blocks import BlockPool
 from gateway.kv_cache import KVCache, blocks_in
@@ -107,7 +109,7 @@ class Engine:
             tokens = sample(logits, batch.sampled)
         except Exception as failure:
             return deltas + self._fail(works, failure)
-        self.scheduler.advance(works, sound=INVALID not in tokens)
+        self.scheduler.advance(works, _damaged(logits, batch.sampled, tokens))
         return deltas + [self._emit(sequence, token) for sequence, token in zip(batch.sampled, tokens, strict=True)]
 
     def add(self, request: Submit) -> None:
@@ -229,6 +231,12 @@ class Engine:
                 f"({len(prompt)} in the messages, {params.max_tokens} in the completion). "
                 "Please reduce the length of the messages or completion."
             )
+
+
+def _damaged(logits: torch.Tensor, sequences: list[Sequence], tokens: list[int]) -> list[Sequence]:
+    """Those without a token because of what the model computed, not of what they allow."""
+    rows = [row for row, token in enumerate(tokens) if token == INVALID and bool(logits[row].isnan().any())]
+    return [sequences[row] for row in rows]
 
 
 def _finish_reason(sequence: Sequence) -> str | None:
