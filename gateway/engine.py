@@ -112,7 +112,7 @@ class Engine:
             _score_prompts(logits, batch)
         except Exception as failure:
             return deltas + self._fail(works, failure)
-        self.scheduler.advance(works, sound=_sound(batch.sampled, tokens))
+        self.scheduler.advance(works, _damaged(logits, batch.sampled, tokens))
         chosen = zip(batch.sampled, tokens, strict=True)
         return deltas + [self._emit(sequence, token, told.get(i)) for i, (sequence, token) in enumerate(chosen)]
 
@@ -232,19 +232,18 @@ class Engine:
         )
 
 
-def _sound(sequences: list[Sequence], tokens: list[int]) -> bool:
-    """Whether every sequence got a token, or has none for reasons of its own."""
-    return not any(
-        token == INVALID and one.sampling.failure is None for one, token in zip(sequences, tokens, strict=True)
-    )
-
-
 def _score_prompts(logits: torch.Tensor, batch: Batch) -> None:
     start = len(batch.sampled)
     for sequence, rows in batch.scored:
         if (wanted := sequence.sampling.prompt_logprobs) is not None:
             wanted.add(logits[start : start + rows], sequence.tokens)
         start += rows
+
+
+def _damaged(logits: torch.Tensor, sequences: list[Sequence], tokens: list[int]) -> list[Sequence]:
+    """Those without a token because of what the model computed, not of what they allow."""
+    rows = [row for row, token in enumerate(tokens) if token == INVALID and bool(logits[row].isnan().any())]
+    return [sequences[row] for row in rows]
 
 
 def _finish_reason(sequence: Sequence) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
@@ -117,12 +118,17 @@ class Scheduler:
         self._admit(works, now)
         return works
 
-    def advance(self, works: list[Work], *, sound: bool = True) -> None:
-        """Note that `works` are done: their tokens are in the cache, and others may use them if all was `sound`."""
+    def advance(self, works: list[Work], damaged: Collection[Sequence] = ()) -> None:
+        """Note that `works` are done: their tokens are in the cache, and others may use them.
+
+        But not those of the `damaged`, of which the model made nothing; nor, where there are any, of those that did not
+        come to sampling: nobody has seen what the step made of them.
+        """
         for work in works:
             sequence = work.sequence
+            if damaged and (not work.samples or sequence in damaged):
+                sequence.suspect = True
             sequence.computed += work.count
-            sequence.suspect |= not sound
             full = sequence.computed // self.pool.block_size
             if full > sequence.published and self.prefix_caching and not sequence.suspect:
                 self._publish(sequence, full)

@@ -447,6 +447,14 @@ def test_whoever_shares_blocks_with_a_failed_request_goes_on(family: InlineFamil
     assert engine.pool.used == 0
 
 
+def test_a_request_that_forbids_every_token_costs_nobody_the_cache(engine: Engine) -> None:
+    answer_all(engine, [PROMPT], max_tokens=1)
+    engine.add(submit("never", PROMPT, stop_token_ids=tuple(range(128)), min_tokens=1))
+    assert set(failures(engine.step())) == {"never"}
+    engine.add(submit("r", PROMPT, max_tokens=1))
+    assert [delta.cached_tokens for delta in engine.step()] == [8]
+
+
 def test_settings_that_cannot_work_are_refused(family: InlineFamily) -> None:
     with pytest.raises(ValueError, match="token_budget"):
         Engine(family.model, EngineSettings(token_budget=8, max_sequences=9))

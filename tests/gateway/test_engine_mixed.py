@@ -46,14 +46,14 @@ class Arrival:
 arrivals = st.lists(
     st.builds(
         Arrival,
-        step=st.integers(0, 25),
+        step=st.integers(0, 12),
         beginning=st.integers(0, 2),
         end=st.integers(0, 2),
         params=st.integers(0, len(PARAMS) - 1),
         priority=st.integers(-1, 1),
         leaves_after=st.none() | st.none() | st.integers(0, 15),
     ),
-    min_size=4,
+    min_size=6,
     max_size=12,
 )
 
@@ -85,11 +85,11 @@ def test_every_text_is_what_its_request_gets_alone(tmp_path: Path, name: str) ->
     solo = Solo(family)
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=16, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         todo=arrivals,
-        blocks=st.integers(-(-LONGEST // BLOCK), 24),
-        max_sequences=st.integers(2, 6),
+        blocks=st.integers(-(-LONGEST // BLOCK), 16),
+        max_sequences=st.integers(3, 6),
         spare_budget=st.integers(0, 20),
     )
     def check(todo: list[Arrival], blocks: int, max_sequences: int, spare_budget: int) -> None:
@@ -112,7 +112,7 @@ def test_every_text_is_what_its_request_gets_alone(tmp_path: Path, name: str) ->
         )
 
     check()
-    assert seen["requests"] > 100
+    assert seen["requests"] > 60
     assert min(seen["left"], seen["preempted"], seen["found"]) > 0  # all of it did happen
 
 

@@ -29,7 +29,7 @@ def scheduler(
 def complete(plan: Scheduler, works: list[Work], spoilt: list[Sequence] | None = None) -> list[Sequence]:
     """What an engine does after its forward, which `spoilt` some answers; returns the sequences that finished."""
     sampling = [work.sequence for work in works if work.samples]
-    plan.advance(works, sound=not spoilt)
+    plan.advance(works, spoilt or ())
     finished = list(spoilt or [])
     for one in finished:
         sampling.remove(one)
@@ -263,18 +263,22 @@ def test_a_chunk_is_found_while_the_rest_of_its_prompt_is_still_computed() -> No
     assert counts(works) == {"long": 4, "other": 1}
 
 
-def test_an_unsound_step_leaves_nothing_to_find_and_its_blocks_are_cleared() -> None:
+def test_a_step_that_went_wrong_leaves_nothing_to_find_and_its_blocks_are_cleared() -> None:
     cleared: list[int] = []
-    plan = Scheduler(BlockPool(10, 4, cleared.extend), token_budget=8, max_sequences=8)
-    bad = text(*range(20), name="bad")
-    plan.submit(bad)
-    plan.advance(plan.schedule(), sound=False)
-    plan.advance(plan.schedule())
-    blocks = list(bad.blocks)
-    plan.finish(bad)
-    assert cleared == sorted(blocks)
-    assert run(plan, text(*range(20))) == [8, 8, 4]
-    assert run(plan, text(*range(20))) == [4]
+    plan = Scheduler(BlockPool(20, 4, cleared.extend), token_budget=12, max_sequences=8)
+    ones = fine, bad, unseen = [text(*range(i, i + length), max_tokens=2) for i, length in ((0, 4), (30, 5), (60, 9))]
+    for one in ones:
+        plan.submit(one)
+    works = plan.schedule()
+    assert [(work.count, work.samples) for work in works] == [(4, True), (5, True), (3, False)]
+    blocks = sorted(bad.blocks + unseen.blocks)
+    complete(plan, works, [bad])
+    while unseen in plan.running:
+        complete(plan, plan.schedule())
+    assert sorted(cleared) == blocks
+    found = [run(plan, text(*one.tokens[: one.prompt_length], 99)) for one in ones]
+    assert found == [[1], [6], [10]]
+    assert fine.generated == unseen.generated == 2
 
 
 def test_who_wants_something_of_every_row_computes_every_row_and_leaves_it_to_others() -> None:
@@ -423,8 +427,10 @@ def test_whatever_arrives_everyone_is_served_within_the_budget_and_blocks_come_b
         check_step(plan, works, step, max_sequences)
         faulty = step in faults and any(work.samples for work in works)
         check_memory(plan, memory, works)
+        victims = {work.sequence for work in works if work.samples and step % 2 == len(work.sequence.tokens) % 2}
+        faulty &= bool(victims)
         for work in works:
-            memory.write(work, damaged=faulty)
+            memory.write(work, damaged=faulty and (work.sequence in victims or not work.samples))
         spoilt = [work.sequence for work in works if work.samples and memory.damages(work.sequence)]
         assert bool(spoilt) >= faulty
         for one in complete(plan, works, spoilt):
