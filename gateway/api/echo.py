@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from gateway.api.detokenizer import Decode, Detokenizer
@@ -31,8 +32,8 @@ class EchoedText:
         self._begun = True
         scored = self._scored(delta)
         if self._alone:
-            return Piece(self._prompt, 0, "length", scored)
-        return Piece(self._prompt + piece.text, piece.tokens, piece.finish_reason, [*scored, *piece.scored])
+            return Piece(self._prompt, 0, "length", scored, piece.cached_tokens)
+        return dataclasses.replace(piece, text=self._prompt + piece.text, scored=[*scored, *piece.scored])
 
     def _scored(self, delta: Delta) -> list[ScoredToken]:
         if delta.prompt_logprobs is None:

@@ -45,7 +45,7 @@ class ScoredText:
         self._given += len(text)
         last = pieces[-1]
         scored = self._rest() if last.finish_reason else self._complete()
-        return Piece(text, last.tokens, last.finish_reason, scored)
+        return Piece(text, last.tokens, last.finish_reason, scored, last.cached_tokens)
 
     def _complete(self) -> list[ScoredToken]:
         """The tokens of which every character was given."""

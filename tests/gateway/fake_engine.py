@@ -33,6 +33,7 @@ class FakeEngine:
         self.cancelled = 0
         self.finished = 0
         self.fails: Exception | None = None
+        self.cached_tokens = 0
         self._permits = threading.Semaphore(0) if paced else None
         self._changed = threading.Condition()
 
@@ -103,6 +104,7 @@ class FakeEngine:
         if reason:
             del self.running[request_id]
             self.finished += 1
+        cached = self.cached_tokens if position == 1 else 0
         params = submit.params
         told = position == 1 and params.prompt_logprobs is not None
         return Delta(
@@ -110,6 +112,7 @@ class FakeEngine:
             token_ids=[token],
             finish_reason=reason,
             stop_token=stopped,
+            cached_tokens=cached,
             logprobs=None if params.logprobs is None else scores([token], params.logprobs),
             prompt_logprobs=scores(submit.prompt_token_ids[1:], params.prompt_logprobs or 0) if told else None,
         )
