@@ -16,9 +16,17 @@ from gateway.api.event_stream import DONE, event
 from gateway.api.job import Job
 from gateway.api.responses import Usage
 from gateway.api.text import Piece
-from gateway.link import GatewayLostError, GatewayPool
+from gateway.link import GatewayLostError
+from gateway.messages import Delta, Submit
 
 log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Where sequences run: a `GatewayPool`, or a view of one."""
+
+    def generate(self, submit: Submit) -> AsyncGenerator[Delta, None]:
+        """The sequence's deltas; raise GatewayLostError."""
 
 
 class Format(Protocol):
@@ -34,7 +42,7 @@ class Format(Protocol):
         """The answer in one."""
 
 
-async def collect(job: Job, pool: GatewayPool, form: Format) -> BaseModel:
+async def collect(job: Job, pool: Source, form: Format) -> BaseModel:
     """The whole answer; raise ApiError."""
     texts, reasons, tokens = [""] * job.choices, [""] * job.choices, [0] * job.choices
     async with aclosing(_pieces(job, pool)) as pieces:
@@ -45,7 +53,7 @@ async def collect(job: Job, pool: GatewayPool, form: Format) -> BaseModel:
     return form.whole(texts, reasons, _usage(job, sum(tokens)))
 
 
-async def events(job: Job, pool: GatewayPool, form: Format) -> AsyncGenerator[bytes, None]:
+async def events(job: Job, pool: Source, form: Format) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events.
 
     Raise ApiError only before the first; later an error is an event of its own, and the stream still ends as it must.
@@ -78,19 +86,19 @@ def _usage(job: Job, tokens: int) -> Usage:
     return Usage(prompt_tokens=prompt, completion_tokens=tokens, total_tokens=prompt + tokens)
 
 
-def _pieces(job: Job, pool: GatewayPool) -> AsyncGenerator[tuple[int, Piece], None]:
+def _pieces(job: Job, pool: Source) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of all choices as they come."""
     return _sequence(job, pool, 0) if job.choices == 1 else _merged(job, pool)
 
 
-async def _sequence(job: Job, pool: GatewayPool, choice: int) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _sequence(job: Job, pool: Source, choice: int) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of one choice, the last with a finish reason; raise ApiError."""
     text = job.text()
     try:
         async with aclosing(pool.generate(job.submit(choice))) as deltas:
             async for delta in deltas:
                 if delta.finish_reason == "error":
-                    raise ApiError(delta.error_status, delta.error or "The gateway gave this request up.")
+                    raise errors.from_gateway(delta.error_status, delta.error)
                 piece = text.push(delta)
                 if piece.text or piece.finish_reason:
                     yield choice, piece
@@ -101,7 +109,7 @@ async def _sequence(job: Job, pool: GatewayPool, choice: int) -> AsyncGenerator[
         raise errors.unavailable() from error
 
 
-async def _merged(job: Job, pool: GatewayPool) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _merged(job: Job, pool: Source) -> AsyncGenerator[tuple[int, Piece], None]:
     """Every choice in a task of its own; the first error ends them all."""
     queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
 

@@ -65,6 +65,8 @@ class SamplingRequest(Body):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     skip_special_tokens: bool | None = None
+    priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    """Lower goes first; default 0."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
