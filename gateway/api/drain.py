@@ -55,6 +55,8 @@ class Drain:
             await self._wait(CUT_S)
 
     async def _wait(self, seconds: float) -> bool:
+        if not self._running:
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
         except TimeoutError:
