@@ -74,7 +74,7 @@ def create_app(config: ApiConfig, pool: GatewayPool, status: Status, limits: Lim
         metrics.answered(record)
         request_log.write(record)
 
-    app = FastAPI(title="Evermoe", version=version("evermoe"), lifespan=lifespan)
+    app = FastAPI(title="Evermoe", version=version("evermoe"), lifespan=lifespan, redirect_slashes=False)
     _surround(app, config, drain, limits, ended)
     errors.install(app)
     app.include_router(_generation(_Desk(model, pool, metrics, config)))
