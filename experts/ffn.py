@@ -5,7 +5,7 @@ a hundred megabytes. Gates that only the family knows (interleaved, clamped) and
 family's own experts module, built on the meta device.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,39 +13,45 @@ from torch import nn
 from torch.nn import functional as F
 
 from experts.manifest import SliceForm
+from experts.packed import PackedMatrix, packable
 from experts.store import ExpertStore
 
 _ACTIVATIONS = {"silu": F.silu}
 
 
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class SliceWeights:
-    """Matrices `[in, out]` and biases `[out]` of one slice; `up` is gate and up projection together if gated."""
+    """The two products of one slice, rows `[T, in]` to `[T, out]`; `up` is gate and up projection together if gated."""
 
-    up: torch.Tensor
-    down: torch.Tensor
-    up_bias: torch.Tensor | None = None
-    down_bias: torch.Tensor | None = None
+    up: Product
+    down: Product
 
     @classmethod
-    def of(cls, params: dict[str, torch.Tensor], form: SliceForm) -> "SliceWeights":
-        """Views of a slice's parameters as the store names them."""
+    def of(cls, params: dict[str, torch.Tensor], form: SliceForm, *, packed: bool) -> "SliceWeights":
+        """From a slice's parameters as the store names them: views of them, or `packed` copies."""
         name = "gate_up_proj" if form.gated else "up_proj"
-        up, down = params[name], params["down_proj"]
-        if not form.transposed:
-            up, down = up.t(), down.t()
-        return cls(up, down, params.get(f"{name}_bias"), params.get("down_proj_bias"))
+        return cls(
+            *(
+                _product(params[weight], params.get(f"{weight}_bias"), form.transposed, packed)
+                for weight in (name, "down_proj")
+            )
+        )
 
 
 class ExpertFFN:
     """The pure function of a slice on `device`, for the experts that are loaded.
 
     On a CPU the weights stay memory-mapped: loading costs no memory of its own and `unload` gives back the address
-    space. Other devices get a copy. Experts may be loaded and unloaded while another thread computes.
+    space. With `packed` they are copied into the kernel's layout instead: faster, in memory of this process alone.
+    Other devices get a copy. Experts may be loaded and unloaded while another thread computes.
     """
 
-    def __init__(self, store: ExpertStore, device: torch.device | str = "cpu") -> None:
+    def __init__(self, store: ExpertStore, device: torch.device | str = "cpu", *, packed: bool = False) -> None:
         self.device = torch.device(device)
+        self._packed = packed
         self._store = store
         self._form = store.manifest.form
         self._slices: dict[int, dict[int, SliceWeights]] = {}
@@ -90,23 +96,23 @@ class ExpertFFN:
         if sum(count for _, count in segments) != len(rows):
             raise ValueError(f"segments {segments} do not add up to {len(rows)} rows")
         weights = [self._slice(layer, expert) for expert, _ in segments]
+        counts = [count for _, count in segments]
         if rows.device == self.device == out.device:
-            self._compute(layer, _cut(segments), weights, rows, out)
+            self._compute(layer, counts, weights, rows, out)
         else:
             result = torch.empty_like(rows, device=self.device)
-            self._compute(layer, _cut(segments), weights, rows.to(self.device), result)
+            self._compute(layer, counts, weights, rows.to(self.device), result)
             out.copy_(result)
 
     def _compute(
-        self, layer: int, cuts: list[slice], weights: list[SliceWeights], rows: torch.Tensor, out: torch.Tensor
+        self, layer: int, counts: list[int], weights: list[SliceWeights], rows: torch.Tensor, out: torch.Tensor
     ) -> None:
+        if not weights:
+            return
         # All first products, one activation for all rows, all second products: fewer and longer operations.
-        inner = rows.new_empty(len(rows), weights[0].up.shape[1]) if weights else rows
-        for cut, slice_ in zip(cuts, weights, strict=True):
-            _linear(rows[cut], slice_.up, slice_.up_bias, inner[cut])
+        inner = _join([slice_.up(part) for slice_, part in zip(weights, rows.split(counts), strict=True)])
         inner = self._activate(layer, inner)
-        for cut, slice_ in zip(cuts, weights, strict=True):
-            _linear(inner[cut], slice_.down, slice_.down_bias, out[cut])
+        torch.cat([slice_.down(part) for slice_, part in zip(weights, inner.split(counts), strict=True)], out=out)
         if self._form.normed:
             out.copy_(self._modules[layer].post_expert_norm(out))  # type: ignore[operator]
 
@@ -136,23 +142,20 @@ class ExpertFFN:
             params = {name: tensor.to(self.device) for name, tensor in params.items()}
             if self._modules:
                 _give_shared(self._modules[layer], params)
-            layers[layer] = SliceWeights.of(params, self._form)
+            layers[layer] = SliceWeights.of(params, self._form, packed=self._packed)
         return layers
 
 
-def _cut(segments: Iterable[tuple[int, int]]) -> list[slice]:
-    cuts, start = [], 0
-    for _, count in segments:
-        cuts.append(slice(start, start + count))
-        start += count
-    return cuts
+def _product(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, packed: bool) -> Product:
+    """The product with `weight`, `[out, in]` or, `transposed`, `[in, out]`."""
+    plain = weight.t() if transposed else weight
+    if packed and packable(plain):
+        return PackedMatrix(plain.contiguous(), bias)
+    return lambda rows: F.linear(rows, plain, bias)
 
 
-def _linear(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    if bias is None:
-        torch.mm(rows, matrix, out=out)
-    else:
-        torch.addmm(bias, rows, matrix, out=out)
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _experts_modules(store: ExpertStore) -> dict[int, nn.Module]:

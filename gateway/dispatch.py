@@ -43,33 +43,61 @@ class Dispatcher:
         self._deadline_s = deadline_s
         self._arena: Arena | None = None
         self._seq = itertools.count(1)
+        self._turns = itertools.count(1)
 
     def __call__(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Run ``hidden [T, H]`` through the experts ``top_k_index [T, K]`` and sum them by ``top_k_weights [T, K]``."""
+        return combine(self.rows(layer, hidden, top_k_index), top_k_weights)
+
+    def rows(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+        """What the experts ``top_k_index [T, K]`` make of ``hidden [T, H]``, before the sum: ``[T, K, H]``."""
+        top_k = top_k_index.shape[1]
         choice = top_k_index.reshape(-1).cpu().numpy()
-        order = np.argsort(choice, kind="stable")
         counts = np.bincount(choice, minlength=self._experts).tolist()
-        batch = _Batch(layer, hidden, order // top_k_index.shape[1], counts)
-        results, laid = self._run(batch, "replica", frozenset())
+        remote, inline = self._assign(layer, counts, frozenset())
+        if not remote and len(hidden) == 1:
+            return self._single_row(layer, hidden, choice.tolist())
+        order = np.argsort(choice, kind="stable")
+        if not remote:
+            sorted_rows, laid = self._all_inline(layer, hidden, order // top_k, inline), np.arange(len(order))
+        else:
+            batch = _Batch(layer, hidden, order // top_k, counts)
+            sorted_rows, laid = self._run(batch, "replica", frozenset(), remote, inline)
         place = np.empty_like(order)
         place[order[laid]] = np.arange(len(order))
-        return _combine(results.to(hidden.device), torch.from_numpy(place), top_k_weights).to(hidden.dtype)
+        results = sorted_rows.index_select(0, torch.from_numpy(place)).view(len(hidden), top_k, -1)
+        return results.to(hidden.device)
+
+    def _assign(
+        self, layer: int, counts: list[int], avoid: frozenset[str]
+    ) -> tuple[list[tuple[Link, list[Part]]], list[Part]]:
+        table = self._fleet.table
+        return assign(counts, lambda e: _usable(table, layer, e, avoid), self._min_rows, next(self._turns))
+
+    def _single_row(self, layer: int, hidden: torch.Tensor, experts: list[int]) -> torch.Tensor:
+        """One row needs no sorting: each of its experts reads it where it is."""
+        return self._inline_rows(layer, hidden.expand(len(experts), -1), [Part(e, 0, 1) for e in experts])[None]
+
+    def _all_inline(self, layer: int, hidden: torch.Tensor, source: _Index, parts: list[Part]) -> torch.Tensor:
+        """Without replicas rows need no shared memory."""
+        index = torch.from_numpy(source).to(hidden.device)
+        return self._inline_rows(layer, hidden.index_select(0, index), parts)
 
     def close(self) -> None:
         """Give the shared memory back."""
         self._renew_arena(None)
 
-    def _run(self, batch: _Batch, path: str, avoid: frozenset[str]) -> tuple[torch.Tensor, _Index]:
-        """Compute every row of `batch` on replicas not in `avoid`, or inline; return the answers and their order.
+    def _run(
+        self, batch: _Batch, path: str, avoid: frozenset[str], remote: list[tuple[Link, list[Part]]], inline: list[Part]
+    ) -> tuple[torch.Tensor, _Index]:
+        """Compute every row of `batch` on the replicas of `remote`, and `inline`; return the answers and their order.
 
         ``answers[i]`` belongs to the batch's row ``laid[i]``: rows are laid out target by target, so that each target
         finds its own side by side and one gather serves all.
         """
         turn = next(self._seq)
-        table = self._fleet.table
-        remote, inline = assign(batch.counts, lambda e: _usable(table, batch.layer, e, avoid), self._min_rows, turn)
         targets = [parts for _, parts in remote] + [inline]
         laid = np.concatenate([np.arange(p.start, p.start + p.rows) for parts in targets for p in parts])
         arena = self._arena_for(len(laid) * batch.row_bytes)
@@ -84,7 +112,8 @@ class Dispatcher:
             self._count(batch.layer, parts, path)
         failed = self._send(calls)
         results = arena.results(0, len(laid), batch.width, batch.dtype)
-        self._run_inline(batch.layer, inline, rows[start:], results[start:])
+        if inline:
+            results[start:] = self._inline_rows(batch.layer, rows[start:], inline)
         failed += self._collect([item for item in calls if item not in failed])
         return (self._run_again(batch.layer, failed, rows, results, avoid) if failed else results), laid
 
@@ -103,13 +132,13 @@ class Dispatcher:
                 failed.append((link, call))
         return failed
 
-    def _run_inline(self, layer: int, parts: list[Part], rows: torch.Tensor, results: torch.Tensor) -> None:
-        if not parts:
-            return
+    def _inline_rows(self, layer: int, rows: torch.Tensor, parts: list[Part]) -> torch.Tensor:
         for expert in {p.expert for p in parts} - self._inline.loaded:
             self._inline.load(expert)
-        self._inline.compute(layer, [(p.expert, p.rows) for p in parts], rows, results)
         self._count(layer, parts, "inline")
+        results = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        self._inline.compute(layer, [(p.expert, p.rows) for p in parts], rows, results)
+        return results
 
     def _collect(self, calls: list[_Sent]) -> list[_Sent]:
         """Wait for all answers; return the calls that got none.
@@ -143,7 +172,8 @@ class Dispatcher:
             counts = [0] * self._experts
             for expert, count in call.segments:
                 counts[expert] += count
-            again, laid = self._run(_Batch(layer, mine, np.arange(call.rows), counts), "retry", avoid)
+            batch = _Batch(layer, mine, np.arange(call.rows), counts)
+            again, laid = self._run(batch, "retry", avoid, *self._assign(layer, counts, avoid))
             results[start + torch.from_numpy(laid)] = again
         return results
 
@@ -202,8 +232,6 @@ def _usable(table: DispatchTable, layer: int, expert: int, avoid: frozenset[str]
     return [link for link in links if link.entry.id not in avoid] if avoid else links
 
 
-def _combine(results: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum ``results[place]`` ([T * K, H]) by ``weights [T, K]`` in fp32, k by k."""
-    tokens, top_k = weights.shape
-    mine = results.index_select(0, place.to(results.device)).view(tokens, top_k, -1)
-    return (mine.float() * weights.float().unsqueeze(-1)).sum(1)
+def combine(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum ``rows [T, K, H]`` by ``weights [T, K]`` in fp32, k by k; ``[T, H]`` in the rows' dtype."""
+    return torch.bmm(weights.float().unsqueeze(1), rows.float()).squeeze(1).to(rows.dtype)

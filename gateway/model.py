@@ -24,6 +24,7 @@ from gateway.batch import Batch
 from gateway.kv_cache import LayerShape
 from gateway.latent import LatentHeads
 from gateway.masks import mask_rule
+from gateway.packed_linear import pack_linears
 from gateway.rope import LengthRope, UnsupportedRopeError, length_rope
 
 ExpertsFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -64,7 +65,8 @@ class GatewayModel:
         self.vocab_size: int = config.vocab_size  # type: ignore[assignment,union-attr]
         self.context_length: int = config.max_position_embeddings  # type: ignore[assignment,union-attr]
         self.rope = _rope(network)
-        self.kv_shapes = self._probe(layers)
+        self.kv_shapes: dict[int, LayerShape] = {}
+        pack_linears(network, lambda: self.kv_shapes.update(self._probe(layers)))
         _answer(layers, experts)
 
     def forward(self, batch: Batch) -> torch.Tensor:
