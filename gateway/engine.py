@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from gateway.blocks import BlockPool
 from gateway.kv_cache import KVCache, blocks_in
 from gateway.messages import Delta, SamplingParams, Submit
 from gateway.model import GatewayModel
+from gateway.pace import Pace
 from gateway.sampler import INVALID, sample
 from gateway.scheduler import Scheduler, Work
 from gateway.sequence import Sequence
@@ -36,6 +38,10 @@ class EngineSettings:
     """Tokens a step computes at most: decoding sequences take one each, chunks of prompts the rest."""
     max_sequences: int = 64
     """Sequences that run at once; more wait."""
+    max_waiting: int = 1024
+    """Sequences that wait at most; more are refused."""
+    prefix_caching: bool = True
+    """Whether sequences start behind what others have left in the cache."""
 
 
 class Engine:
@@ -47,17 +53,30 @@ class Engine:
         settings: EngineSettings | None = None,
         *,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raise ValueError for settings that cannot work. `draw_seed` gives the seed of requests without one."""
+        """Raise ValueError for settings that cannot work.
+
+        `draw_seed` gives the seed of requests without one, `clock` the seconds by which deadlines and timings go.
+        """
         settings = settings or EngineSettings()
         blocks = blocks_in(settings.kv_cache_gib, model.kv_shapes, model.dtype, settings.block_size)
         self.model = model
-        self.pool = BlockPool(blocks, settings.block_size)
         self.cache = KVCache(
             model.kv_shapes, blocks=blocks, block_size=settings.block_size, dtype=model.dtype, device=model.device
         )
-        self.scheduler = Scheduler(self.pool, token_budget=settings.token_budget, max_sequences=settings.max_sequences)
+        self.pool = BlockPool(blocks, settings.block_size, self.cache.clear)
+        self.scheduler = Scheduler(
+            self.pool,
+            token_budget=settings.token_budget,
+            max_sequences=settings.max_sequences,
+            max_waiting=settings.max_waiting,
+            # Where a key depends on the length of its whole sequence, equal tokens do not make equal blocks.
+            prefix_caching=settings.prefix_caching and model.rope is None,
+        )
+        self._pace = Pace()
         self._draw_seed = draw_seed
+        self._clock = clock
         self._sequences: dict[str, Sequence] = {}
         self._finished: list[Delta] = []
 
@@ -78,8 +97,8 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Compute one batch: what it added to each sequence. A failure ends the sequences it hit, no others."""
-        deltas, self._finished = self._finished, []
-        works = self.scheduler.schedule()
+        deltas = self._without_a_step()
+        works = self.scheduler.schedule(self._clock())
         if not works:
             return deltas
         try:
@@ -88,23 +107,19 @@ class Engine:
             tokens = sample(logits, batch.sampled)
         except Exception as failure:
             return deltas + self._fail(works, failure)
-        self.scheduler.advance(works)
+        self.scheduler.advance(works, sound=INVALID not in tokens)
         return deltas + [self._emit(sequence, token) for sequence, token in zip(batch.sampled, tokens, strict=True)]
 
     def add(self, request: Submit) -> None:
         """Queue `request`; raise RequestError for one that can never run."""
         self._check(request)
-        params, emitted = request.params, request.emitted
-        sequence = Sequence(
-            request_id=request.request_id,
-            params=params,
-            tokens=[*request.prompt_token_ids, *emitted],
-            prompt_length=len(request.prompt_token_ids),
-            seed=self._draw_seed() if params.seed is None else params.seed,
-        )
-        reason = _finish_reason(sequence) if emitted else None
+        sequence = self._sequence(request)
+        reason = _finish_reason(sequence) if request.emitted else None
         if reason is not None:  # its client has every token, and only missed the end
             self._finished.append(Delta(request_id=request.request_id, token_ids=[], finish_reason=reason))
+            return
+        if self.scheduler.full and not request.emitted:  # who has half an answer is let in
+            self._finished.append(self._refuse(request))
             return
         try:
             self.scheduler.submit(sequence)
@@ -117,10 +132,48 @@ class Engine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self.scheduler.finish(sequence)
+            if sequence.started_at is not None:
+                self._pace.left(self._clock() - sequence.started_at)
+
+    def _sequence(self, request: Submit) -> Sequence:
+        params, now = request.params, self._clock()
+        return Sequence(
+            request_id=request.request_id,
+            params=params,
+            tokens=[*request.prompt_token_ids, *request.emitted],
+            prompt_length=len(request.prompt_token_ids),
+            seed=self._draw_seed() if params.seed is None else params.seed,
+            priority=request.priority,
+            deadline=math.inf if request.deadline_s is None else now + request.deadline_s,
+            submitted_at=now,
+        )
+
+    def _refuse(self, request: Submit) -> Delta:
+        waiting = self.waiting
+        return Delta(
+            request_id=request.request_id,
+            token_ids=[],
+            finish_reason="error",
+            error=f"The server is busy: {waiting} requests are waiting, and no more are taken. Please retry later.",
+            error_status=429,
+            retry_after_s=self._pace.wait_s(waiting, self.scheduler.max_sequences),
+        )
+
+    def _without_a_step(self) -> list[Delta]:
+        """The ends of requests that need no computing: refused, complete when they came, or past their deadline."""
+        deltas, self._finished = self._finished, []
+        return deltas + [self._give_up(sequence) for sequence in self.scheduler.expired(self._clock())]
+
+    def _give_up(self, sequence: Sequence) -> Delta:
+        where = "waited in the queue" if sequence.started_at is None else "was being answered"
+        return self._end_in_error(sequence, f"The request's deadline passed while it {where}.", status=504)
 
     def _emit(self, sequence: Sequence, token: int) -> Delta:
         if token == INVALID:
             return self._end_in_error(sequence, "The model's output is not a number; the request was ended.")
+        now, first = self._clock(), sequence.answered_at is None
+        if first:
+            sequence.answered_at = now
         sequence.tokens.append(token)
         if self.model.rope is not None and len(sequence.tokens) == self.model.rope.restart_length:
             sequence.computed = 0
@@ -132,17 +185,27 @@ class Engine:
             token_ids=[token],
             finish_reason=reason,
             stop_token=reason == "stop",
+            cached_tokens=sequence.cached if first else 0,
+            timings=sequence.timings(now) if reason else None,
         )
 
     def _fail(self, works: list[Work], failure: Exception) -> list[Delta]:
         log.error("a step of %d sequences failed; they end in an error", len(works), exc_info=failure)
         sentence = f"The gateway could not compute the next token ({type(failure).__name__}); the request was ended."
+        for work in works:
+            work.sequence.suspect = True
         return [self._end_in_error(work.sequence, sentence) for work in works]
 
-    def _end_in_error(self, sequence: Sequence, sentence: str) -> Delta:
-        self.cache.clear(sequence.blocks)
+    def _end_in_error(self, sequence: Sequence, sentence: str, status: int = 500) -> Delta:
         self.cancel(sequence.request_id)
-        return Delta(request_id=sequence.request_id, token_ids=[], finish_reason="error", error=sentence)
+        return Delta(
+            request_id=sequence.request_id,
+            token_ids=[],
+            finish_reason="error",
+            error=sentence,
+            error_status=status,
+            timings=sequence.timings(self._clock()),
+        )
 
     def _check(self, request: Submit) -> None:
         prompt, params = request.prompt_token_ids, request.params

@@ -126,7 +126,7 @@ class Gateway:
         )
 
     def _status(self, query_id: int) -> GatewayStatus:
-        pool = self._engine.pool
+        pool, scheduler = self._engine.pool, self._engine.scheduler
         return GatewayStatus(
             query_id=query_id,
             gateway=self._name,
@@ -135,12 +135,19 @@ class Gateway:
             kv_blocks_used=pool.used,
             kv_blocks_total=pool.total,
             expert_calls=_by_unit(self._units, dict(self._dispatcher.calls)),
+            preemptions=scheduler.preemptions,
+            prefix_cache_queries=scheduler.prefix_queries,
+            prefix_cache_hits=scheduler.prefix_hits,
         )
 
 
 def _settings(policy: GatewayPolicy) -> EngineSettings:
     return EngineSettings(
-        kv_cache_gib=policy.kv_cache_gib, token_budget=policy.max_batch_tokens, max_sequences=policy.max_running
+        kv_cache_gib=policy.kv_cache_gib,
+        token_budget=policy.max_batch_tokens,
+        max_sequences=policy.max_running,
+        max_waiting=policy.max_waiting,
+        prefix_caching=policy.prefix_caching,
     )
 
 

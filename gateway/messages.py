@@ -36,12 +36,24 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prompt_token_ids: list[int]
     params: SamplingParams
     emitted: list[int] = []
+    priority: int = 0
+    """Lower ones are served first."""
+    deadline_s: float | None = None
+    """Seconds after which it is given up, running or waiting."""
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Stop a sequence and free what it holds; unknown ids are ignored (it may just have finished)."""
 
     request_id: str
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Seconds a sequence waited, then took to its first token, then to its end."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -56,7 +68,14 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: str | None = None
     """With finish reason ``error``: one sentence for the client."""
     error_status: int = 500
-    """With finish reason ``error``, in HTTP's terms: 400 the request can never run, 500 the gateway failed."""
+    """With finish reason ``error``, in HTTP's terms: 400 the request can never run, 429 the queue is full,
+    500 the gateway failed, 504 the deadline passed."""
+    retry_after_s: float | None = None
+    """With status 429: seconds until the present queue will have been served."""
+    cached_tokens: int = 0
+    """In a sequence's first delta with a token: prompt tokens whose keys and values were cached already."""
+    timings: Timings | None = None
+    """In the last delta of a sequence that the engine took in."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -80,9 +99,14 @@ class GatewayStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     running: int
     waiting: int
     kv_blocks_used: int
+    """Blocks of running sequences; what is only kept for others to find does not count."""
     kv_blocks_total: int
     expert_calls: dict[str, dict[str, int]]
     """Expert unit -> path (``replica``, ``inline``, ``retry``, ``hedge``) -> calls."""
+    preemptions: int = 0
+    prefix_cache_queries: int = 0
+    """Tokens that were looked for in the cache, and of these ``prefix_cache_hits`` were found."""
+    prefix_cache_hits: int = 0
 
 
 ToGateway = Submit | Cancel | StatusQuery

@@ -79,6 +79,10 @@ class GatewayPolicy(_Section):
     """Rows in one step at most: longer prompts are prefilled in chunks."""
     max_running: int = Field(default=64, ge=1)
     """Sequences in one step at most."""
+    max_waiting: int = Field(default=1024, ge=0)
+    """Sequences that wait for a place at most; more are refused with status 429."""
+    prefix_caching: bool = True
+    """Keep finished sequences' keys and values while there is room, for prompts that begin alike."""
     call_deadline_s: float = Field(default=10.0, gt=0)
     """A replica that has not answered by then is given up and its rows run elsewhere (usually far sooner)."""
 

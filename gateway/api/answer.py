@@ -14,7 +14,7 @@ from gateway.api import errors
 from gateway.api.errors import ApiError
 from gateway.api.event_stream import DONE, event
 from gateway.api.job import Job
-from gateway.api.responses import Usage
+from gateway.api.responses import PromptTokensDetails, Usage
 from gateway.api.text import Piece
 from gateway.link import GatewayLostError
 from gateway.messages import Delta, Submit
@@ -44,13 +44,14 @@ class Format(Protocol):
 
 async def collect(job: Job, pool: Source, form: Format) -> BaseModel:
     """The whole answer; raise ApiError."""
-    texts, reasons, tokens = [""] * job.choices, [""] * job.choices, [0] * job.choices
+    texts, reasons = [""] * job.choices, [""] * job.choices
+    tokens, cached = [0] * job.choices, [0] * job.choices
     async with aclosing(_pieces(job, pool)) as pieces:
         async for choice, piece in pieces:
             texts[choice] += piece.text
             reasons[choice] = piece.finish_reason or ""
-            tokens[choice] = piece.tokens
-    return form.whole(texts, reasons, _usage(job, sum(tokens)))
+            tokens[choice], cached[choice] = piece.tokens, piece.cached_tokens
+    return form.whole(texts, reasons, _usage(job, tokens, cached))
 
 
 async def events(job: Job, pool: Source, form: Format) -> AsyncGenerator[bytes, None]:
@@ -58,17 +59,17 @@ async def events(job: Job, pool: Source, form: Format) -> AsyncGenerator[bytes, 
 
     Raise ApiError only before the first; later an error is an event of its own, and the stream still ends as it must.
     """
-    tokens = [0] * job.choices
+    tokens, cached = [0] * job.choices, [0] * job.choices
     begun = False
     try:
         async with aclosing(_pieces(job, pool)) as pieces:
             async for choice, piece in pieces:
-                tokens[choice] = piece.tokens
-                usage = _usage(job, sum(tokens)) if job.continuous_usage else None
+                tokens[choice], cached[choice] = piece.tokens, piece.cached_tokens
+                usage = _usage(job, tokens, cached) if job.continuous_usage else None
                 yield event(form.chunk(choice, piece, usage))
                 begun = True
         if job.include_usage:
-            yield event(form.last_chunk(_usage(job, sum(tokens))))
+            yield event(form.last_chunk(_usage(job, tokens, cached)))
     except ApiError as error:
         if not begun:
             raise
@@ -81,9 +82,15 @@ async def events(job: Job, pool: Source, form: Format) -> AsyncGenerator[bytes, 
     yield DONE
 
 
-def _usage(job: Job, tokens: int) -> Usage:
-    prompt = job.prompt_tokens
-    return Usage(prompt_tokens=prompt, completion_tokens=tokens, total_tokens=prompt + tokens)
+def _usage(job: Job, tokens: list[int], cached: list[int]) -> Usage:
+    """Of what each choice has so far; a prompt counts once, and as cached what the first of its answers found."""
+    prompt, answers = job.prompt_tokens, sum(tokens)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=answers,
+        total_tokens=prompt + answers,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached[:: job.n])),
+    )
 
 
 def _pieces(job: Job, pool: Source) -> AsyncGenerator[tuple[int, Piece], None]:

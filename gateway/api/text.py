@@ -19,6 +19,8 @@ class Piece:
     """Tokens of the sequence so far, those without text included."""
     finish_reason: str | None = None
     """``stop`` or ``length``: no piece follows."""
+    cached_tokens: int = 0
+    """Prompt tokens that the gateway had in its cache."""
 
 
 class SequenceText:
@@ -33,21 +35,23 @@ class SequenceText:
         self._stops = StopStrings(stops)
         self._min_tokens = min_tokens
         self._tokens = 0
+        self._cached_tokens = 0
 
     def push(self, delta: Delta) -> Piece:
         """The piece that `delta`, which is no error, adds."""
         text = ""
+        self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
         for token in delta.token_ids[:-1] if delta.stop_token else delta.token_ids:
             self._tokens += 1
             text += self._look(self._detokenizer.push(token))
             if self._stops.found:
-                return Piece(text, self._tokens, "stop")
+                return Piece(text, self._tokens, "stop", self._cached_tokens)
         self._tokens += delta.stop_token
         if delta.finish_reason is None:
-            return Piece(text, self._tokens)
+            return Piece(text, self._tokens, None, self._cached_tokens)
         text += self._look(self._detokenizer.finish())
         reason = "stop" if self._stops.found else delta.finish_reason
-        return Piece(text + self._stops.finish(), self._tokens, reason)
+        return Piece(text + self._stops.finish(), self._tokens, reason, self._cached_tokens)
 
     def _look(self, text: str) -> str:
         return text if self._tokens <= self._min_tokens else self._stops.push(text)

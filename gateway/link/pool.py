@@ -88,12 +88,15 @@ class GatewayPool:
         Raise GatewayLostError when no gateway comes back within the patience, or none stands the sequence.
         """
         emitted = list(submit.emitted)
+        ends = None if submit.deadline_s is None else time.monotonic() + submit.deadline_s
         attempts = losses = 0
         while True:
             attempts += 1
             # A fresh id: the gateway may not have noticed yet that the connection before this one is gone.
             attempt = msgspec.structs.replace(submit, request_id=f"{submit.request_id}~{attempts}", emitted=emitted)
             client = await self.client()
+            if ends is not None:
+                attempt = msgspec.structs.replace(attempt, deadline_s=ends - time.monotonic())
             try:
                 async with aclosing(client.generate(attempt)) as deltas:
                     async for delta in deltas:

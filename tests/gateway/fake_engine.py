@@ -32,6 +32,7 @@ class FakeEngine:
         self.cancelled = 0
         self.finished = 0
         self.fails: Exception | None = None
+        self.cached_tokens = 0
         self._permits = threading.Semaphore(0) if paced else None
         self._changed = threading.Condition()
 
@@ -99,7 +100,10 @@ class FakeEngine:
         if reason:
             del self.running[request_id]
             self.finished += 1
-        return Delta(request_id=request_id, token_ids=[token], finish_reason=reason, stop_token=stopped)
+        cached = self.cached_tokens if position == 1 else 0
+        return Delta(
+            request_id=request_id, token_ids=[token], finish_reason=reason, stop_token=stopped, cached_tokens=cached
+        )
 
 
 @asynccontextmanager

@@ -5,12 +5,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from experts.store import ExpertStore
+from gateway.batch import Batch
 from gateway.engine import Engine, EngineSettings, RequestError
-from gateway.messages import Delta, SamplingParams, Submit
+from gateway.messages import Delta, SamplingParams, Submit, Timings
 from gateway.model import ModelError, load_model
 from tests.gateway.inline_model import (
     InlineFamily,
@@ -95,11 +97,9 @@ def test_a_name_is_taken_until_its_request_ends(engine: Engine) -> None:
 def test_each_step_says_what_it_added(engine: Engine, family: InlineFamily) -> None:
     whole = family.generate(PROMPT, 3)
     engine.add(submit("r", PROMPT, max_tokens=3))
-    assert [engine.step() for _ in range(3)] == [
-        [Delta(request_id="r", token_ids=[whole[0]])],
-        [Delta(request_id="r", token_ids=[whole[1]])],
-        [Delta(request_id="r", token_ids=[whole[2]], finish_reason="length")],
-    ]
+    *deltas, last = [delta for _ in range(3) for delta in engine.step()]
+    assert deltas == [Delta(request_id="r", token_ids=[whole[0]]), Delta(request_id="r", token_ids=[whole[1]])]
+    assert last == Delta(request_id="r", token_ids=[whole[2]], finish_reason="length", timings=last.timings)
     assert not engine.has_work
     assert engine.step() == []
 
@@ -179,6 +179,116 @@ def test_requests_without_a_seed_get_one_each(family: InlineFamily) -> None:
     assert seeded == second
 
 
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def timed_engine(family: InlineFamily, clock: Clock, **settings: Any) -> Engine:
+    return Engine(family.model, EngineSettings(kv_cache_gib=0.001, block_size=4, **settings), clock=clock)
+
+
+def test_the_last_delta_tells_how_long_the_parts_took(family: InlineFamily) -> None:
+    clock = Clock()
+    engine = timed_engine(family, clock, token_budget=4, max_sequences=1)
+    engine.add(submit("before", PROMPT[:2], max_tokens=1))
+    engine.add(submit("r", [5] * 8, max_tokens=3))
+    timings = []
+    while engine.has_work:
+        clock.now += 1
+        timings += [delta.timings for delta in engine.step()]
+    assert timings == [Timings(queue_s=1), None, None, Timings(queue_s=2, prefill_s=1, decode_s=2)]
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_is_not_computed_again(family: InlineFamily) -> None:
+    engine = family.engine(token_budget=64, max_sequences=4)
+    begin = prompts(17, seed=7)[0]
+    rows: list[int] = []
+    forward = family.model.forward
+
+    def counted(batch: Batch) -> torch.Tensor:
+        rows.append(len(batch.token_ids))
+        return forward(batch)
+
+    asked = [begin, [*begin, 3, 4, 5], [*begin[:9], 6, 7], [9, *begin]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family.model, "forward", counted)
+        for number, prompt in enumerate(asked):
+            engine.add(submit(str(number), prompt, max_tokens=4))
+            first, *rest = [delta for _ in range(4) for delta in engine.step()]
+            assert first.cached_tokens == (0, 16, 8, 0)[number]
+            assert [first.token_ids[0], *(delta.token_ids[0] for delta in rest)] == family.generate(prompt, 4)
+            assert not any(delta.cached_tokens for delta in rest)
+    assert rows == [17, 1, 1, 1, 4, 1, 1, 1, 3, 1, 1, 1, 18, 1, 1, 1]
+    assert (engine.scheduler.prefix_queries, engine.scheduler.prefix_hits) == (66, 24)
+    assert (engine.pool.used, engine.pool.cached > 0) == (0, True)
+
+
+def test_prefix_caching_can_be_switched_off(family: InlineFamily) -> None:
+    engine = family.engine(prefix_caching=False)
+    assert answer_all(engine, [PROMPT]) == answer_all(engine, [PROMPT])
+    assert (engine.scheduler.prefix_queries, engine.pool.cached) == (0, 0)
+
+
+def test_a_full_queue_refuses_with_the_time_it_will_take(family: InlineFamily) -> None:
+    clock = Clock()
+    engine = timed_engine(family, clock, max_sequences=2, max_waiting=2, token_budget=16)
+    for name in "abcd":
+        engine.add(submit(name, PROMPT, max_tokens=2))
+    engine.add(submit("refused", PROMPT))
+    engine.add(submit("moved", PROMPT, emitted=[7], max_tokens=3))  # its client has half an answer: let in
+    refused, *_ = engine.step()
+    assert (refused.request_id, refused.finish_reason, refused.error_status) == ("refused", "error", 429)
+    assert refused.error == "The server is busy: 4 requests are waiting, and no more are taken. Please retry later."
+    assert refused.retry_after_s == 2.0  # four, two at a time, of a second each as long as nothing is known
+
+
+def test_the_time_a_queue_takes_goes_by_what_requests_took_lately(family: InlineFamily) -> None:
+    clock = Clock()
+    engine = timed_engine(family, clock, max_sequences=2, max_waiting=6)
+    refusals = []
+    for number in range(40):
+        for copy in range(9):
+            engine.add(submit(f"{number}.{copy}", PROMPT, max_tokens=3))
+        while engine.has_work:
+            refusals += [delta.retry_after_s for delta in engine.step() if delta.error_status == 429]
+            clock.now += 2
+    assert refusals[0] == 4.0
+    assert refusals[-1] == pytest.approx(8 * 4 / 2, rel=0.02)  # eight wait, two run, for two steps of two seconds
+
+
+def test_deadlines_end_who_waits_and_who_runs(family: InlineFamily) -> None:
+    clock = Clock()
+    engine = timed_engine(family, clock, max_sequences=2)
+    for name, deadline_s in (("runs", 5.0), ("stays", None), ("waits", 3.0), ("late", -1.0)):
+        engine.add(msgspec.structs.replace(submit(name, PROMPT, max_tokens=8), deadline_s=deadline_s))
+    ended: dict[str, Delta] = {}
+    for _ in range(7):
+        ended |= {delta.request_id: delta for delta in engine.step() if delta.finish_reason}
+        clock.now += 1
+    assert {name: (delta.error, delta.error_status) for name, delta in ended.items()} == {
+        "late": ("The request's deadline passed while it waited in the queue.", 504),
+        "waits": ("The request's deadline passed while it waited in the queue.", 504),
+        "runs": ("The request's deadline passed while it was being answered.", 504),
+    }
+    assert ended["runs"].timings == Timings(decode_s=5)
+    assert ended["waits"].timings == Timings(queue_s=3)
+    drain(engine)
+    assert (engine.pool.used, engine.running, engine.waiting) == (0, 0, 0)
+
+
+def test_the_more_urgent_starts_first(family: InlineFamily) -> None:
+    engine = family.engine(max_sequences=1)
+    for name, priority in (("usual", 0), ("urgent", -1)):
+        engine.add(msgspec.structs.replace(submit(name, PROMPT, max_tokens=1), priority=priority))
+    assert list(drain(engine)) == ["urgent", "usual"]
+
+
 class FailingExperts:
     """Experts that break when told to."""
 
@@ -190,6 +300,8 @@ class FailingExperts:
         if layer == 2 and self.fault == "raise":
             raise ConnectionError("all replicas are gone")
         out = self._experts(layer, hidden, index, weights)
+        if self.fault == "nan in the first row":
+            out[0] = float("nan")
         return torch.full_like(out, float("nan")) if self.fault == "nan" else out
 
 
@@ -212,6 +324,49 @@ def test_a_failed_step_ends_its_requests_with_one_sentence_and_no_others(family:
     experts.fault = None
     # The others get the blocks that the failed ones have left, and, being of unlike length, read slots not yet theirs.
     assert drain(engine) == {"c": family.generate(PROMPT, 32), "d": family.generate(longer, 32)}
+    assert engine.pool.used == 0
+
+
+@pytest.mark.parametrize("fault", ["raise", "nan"])
+def test_a_failed_step_leaves_nothing_for_others_to_find(family: InlineFamily, fault: str) -> None:
+    experts = FailingExperts(family.store)
+    engine = Engine(
+        load_model(family.store, experts=experts),
+        EngineSettings(kv_cache_gib=0.001, block_size=4, token_budget=8, max_sequences=2),
+    )
+    longer = prompts(27, seed=5)[0]
+    engine.add(submit("a", longer))
+    assert [engine.step() for _ in range(3)] == [[]] * 3
+    experts.fault = fault
+    assert set(failures(engine.step())) == {"a"}
+    experts.fault = None
+    assert answer_all(engine, [longer]) == [family.generate(longer, 32)]
+    assert engine.pool.used == 0
+
+
+def test_whoever_shares_blocks_with_a_failed_request_goes_on(family: InlineFamily) -> None:
+    experts = FailingExperts(family.store)
+    engine = Engine(
+        load_model(family.store, experts=experts),
+        EngineSettings(kv_cache_gib=0.001, block_size=4, token_budget=64, max_sequences=4),
+    )
+    begin = prompts(17, seed=7)[0]
+    answer_all(engine, [begin], max_tokens=1)
+    asked = {"a": [*begin, 3], "b": [*begin, 8, 9]}
+    for name, prompt in asked.items():
+        engine.add(submit(name, prompt))
+    said = {delta.request_id: delta.token_ids for delta in engine.step()}
+    assert engine.pool.used == 4 + 1 + 1  # the beginning once
+    experts.fault = "nan in the first row"
+    deltas = engine.step()
+    experts.fault = None
+    (failed,) = failures(deltas)
+    (other,) = {"a", "b"} - {failed}
+    said[other] += next(delta.token_ids for delta in deltas if delta.request_id == other)
+    engine.add(submit("c", asked[failed]))
+    rest = drain(engine)
+    assert said[other] + rest[other] == family.generate(asked[other], 32)
+    assert rest["c"] == family.generate(asked[failed], 32)
     assert engine.pool.used == 0
 
 
