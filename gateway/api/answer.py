@@ -74,10 +74,10 @@ async def events(job: Job, pool: Source, form: Format) -> AsyncGenerator[bytes, 
         if not begun:
             raise
         yield event(error.body())
-    except Exception:
+    except Exception as error:
         if not begun:
             raise
-        log.exception("the stream of %s broke", job.id)
+        log.error("the stream of %s broke: %s", job.id, errors.trace(error))
         yield event(errors.internal().body())
     yield DONE
 
@@ -105,7 +105,7 @@ async def _sequence(job: Job, pool: Source, choice: int) -> AsyncGenerator[tuple
         async with aclosing(pool.generate(job.submit(choice))) as deltas:
             async for delta in deltas:
                 if delta.finish_reason == "error":
-                    raise errors.from_gateway(delta.error_status, delta.error)
+                    raise errors.from_gateway(delta.error_status, delta.error, delta.retry_after_s)
                 piece = text.push(delta)
                 if piece.text or piece.finish_reason:
                     yield choice, piece

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -61,11 +63,13 @@ def unavailable(message: str = "No gateway is available at the moment. The reque
     return ApiError(503, message, code="gateway_unavailable", headers={"Retry-After": "1"})
 
 
-def from_gateway(status: int, message: str | None) -> ApiError:
+def from_gateway(status: int, message: str | None, retry_after_s: float | None = None) -> ApiError:
     """What a gateway said of a sequence it gave up."""
     message = message or "The gateway gave this request up."
     if status == HTTPStatus.TOO_MANY_REQUESTS:
-        return ApiError(status, message, code="overloaded", headers={"Retry-After": "1"})
+        return ApiError(
+            status, message, code="overloaded", headers={"Retry-After": str(max(1, math.ceil(retry_after_s or 0)))}
+        )
     if (
         status == HTTPStatus.GATEWAY_TIMEOUT
     ):  # the same deadline would be missed again: clients must not try by themselves
@@ -78,6 +82,11 @@ def from_gateway(status: int, message: str | None) -> ApiError:
 def internal() -> ApiError:
     """A 500 that gives nothing away; the log has the rest."""
     return ApiError(500, "The server failed to answer this request. It can be sent again.", code="internal_error")
+
+
+def trace(error: BaseException) -> str:
+    """Where a failure happened, for the log, but not in which words: its message may quote a prompt."""
+    return f"{type(error).__name__} at\n{''.join(traceback.format_tb(error.__traceback__))}"
 
 
 def install(app: FastAPI) -> None:

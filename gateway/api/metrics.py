@@ -60,6 +60,11 @@ class Metrics:
             "vllm:request_time_per_output_token_seconds", _TOKEN, "A sequence's mean time for a token after its first."
         )
         self.end_to_end = self._histogram("vllm:e2e_request_latency_seconds", _REQUEST, "Request to last token.")
+        self.queue_time = self._histogram("vllm:request_queue_time_seconds", _REQUEST, "Waited for a place.")
+        self.prefill_time = self._histogram(
+            "vllm:request_prefill_time_seconds", _REQUEST, "From a place to the first token."
+        )
+        self.decode_time = self._histogram("vllm:request_decode_time_seconds", _REQUEST, "First token to last.")
         self._success = Counter(
             "vllm:request_success",
             "Sequences that ended, by reason: stop, length, error, abort (its client left).",
@@ -111,6 +116,11 @@ class _State(Collector):
         yield self._gauge("vllm:num_requests_waiting", "Sequences that wait for a place.", self._sum("waiting"))
         yield self._gauge("vllm:kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", used)
         yield self._gauge("evermoe:gateways", "Gateways that answer.", len(self._gateways))
+        yield self._counted("vllm:num_preemptions", "Sequences that gave up their place.", "preemptions")
+        yield self._counted(
+            "vllm:prefix_cache_queries", "Prompt tokens looked for in the cache.", "prefix_cache_queries"
+        )
+        yield self._counted("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", "prefix_cache_hits")
         calls = CounterMetricFamily(
             "evermoe:expert_calls", "Calls of experts, by the path they took.", labels=["model_name", "path"]
         )
@@ -127,6 +137,11 @@ class _State(Collector):
 
     def _sum(self, name: str) -> float:
         return float(sum(gateway[name] for gateway in self._gateways))
+
+    def _counted(self, name: str, text: str, field: str) -> Metric:
+        family = CounterMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self._model], self._sum(field))
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=["model_name"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import time
-import traceback
 import uuid
 from collections.abc import Callable
 
@@ -52,7 +51,7 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            _log_failure(record, error)
+            log.error("request %s failed with %s", record.id, errors.trace(error))
             record.error = "internal_error"
             if record.status:
                 raise ConnectionAbortedError from None  # the server hangs up: half an answer must not look whole
@@ -61,12 +60,6 @@ class RequestContext:
             record.duration_s = time.perf_counter() - record.started
             record.route = getattr(scope.get("route"), "path", None)
             self._ended(record)
-
-
-def _log_failure(record: RequestRecord, error: Exception) -> None:
-    """Where it failed, but not with which words: an exception's message may quote a prompt."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    log.error("request %s failed with %s at\n%s", record.id, type(error).__name__, frames)
 
 
 def _request_id(scope: Scope) -> str:

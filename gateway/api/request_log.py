@@ -41,6 +41,9 @@ def line(record: RequestRecord) -> str:
         "cached_tokens": record.cached_tokens or None,
         "completion_tokens": record.completion_tokens or None,
         "first_token_s": None if record.first_token_s is None else round(record.first_token_s, 6),
+        "queue_s": round(record.queue_s, 6) or None,
+        "prefill_s": round(record.prefill_s, 6) or None,
+        "decode_s": round(record.decode_s, 6) or None,
         "finish_reasons": dict(record.finish_reasons) or None,
     }
     return msgspec.json.encode({name: value for name, value in fields.items() if value is not None}).decode()

@@ -30,6 +30,9 @@ class RequestRecord:
     cached_tokens: int = 0
     finish_reasons: Counter[str] = field(default_factory=Counter)
     first_token_s: float | None = None
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
     duration_s: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
     """Goes out with the answer."""

@@ -8,10 +8,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import msgspec
+
 from gateway.api.metrics import Metrics
 from gateway.api.request_record import RequestRecord
 from gateway.link import GatewayPool
-from gateway.messages import Delta, Submit
+from gateway.messages import Delta, Submit, Timings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class TrackedPool:
         reason: str | None = None
         tokens, first, last = 0, 0.0, 0.0
         try:
-            async with aclosing(self._pool.generate(submit)) as deltas:
+            async with aclosing(self._pool.generate(self._demanding(submit))) as deltas:
                 async for delta in deltas:
                     if delta.token_ids:
                         now = time.perf_counter()
@@ -46,12 +48,13 @@ class TrackedPool:
                             self._metrics.inter_token.observe(now - last)
                         else:
                             first = now
-                            self._first(now)
+                            self._first(now, delta.cached_tokens)
                         last = now
                         tokens += len(delta.token_ids)
                         self._metrics.generation_tokens.inc(len(delta.token_ids))
                     if delta.finish_reason is not None:
                         reason = delta.finish_reason
+                        self._timed(delta.timings)
                     yield delta
         except asyncio.CancelledError:
             reason = "abort"
@@ -64,11 +67,27 @@ class TrackedPool:
         finally:
             self._end(reason or "error", tokens, first, last)
 
-    def _first(self, now: float) -> None:
+    def _demanding(self, submit: Submit) -> Submit:
+        demands = self._demands
+        return msgspec.structs.replace(submit, priority=demands.priority, deadline_s=demands.deadline_s)
+
+    def _first(self, now: float, cached_tokens: int) -> None:
         since = now - self._record.started
+        self._record.cached_tokens += cached_tokens
         self._metrics.first_token.observe(since)
         if self._record.first_token_s is None:
             self._record.first_token_s = since
+
+    def _timed(self, timings: Timings | None) -> None:
+        if timings is None:
+            return
+        self._metrics.queue_time.observe(timings.queue_s)
+        self._metrics.prefill_time.observe(timings.prefill_s)
+        self._metrics.decode_time.observe(timings.decode_s)
+        record = self._record
+        record.queue_s = max(record.queue_s, timings.queue_s)
+        record.prefill_s = max(record.prefill_s, timings.prefill_s)
+        record.decode_s = max(record.decode_s, timings.decode_s)
 
     def _end(self, reason: str, tokens: int, first: float, last: float) -> None:
         self._record.completion_tokens += tokens

@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.messages import Delta, Timings
 from tests.gateway.api.serving import NAME, TEXT, Api, api_of, error_of, saying, until_running
 from tests.gateway.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 
 GAUGES = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"}
-COUNTERS = {"vllm:prompt_tokens", "vllm:generation_tokens", "vllm:request_success"}
+COUNTERS = {
+    "vllm:prompt_tokens", "vllm:generation_tokens", "vllm:request_success", "vllm:num_preemptions",
+    "vllm:prefix_cache_queries", "vllm:prefix_cache_hits",
+}  # fmt: skip
 HISTOGRAMS = {
     "vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds", "vllm:e2e_request_latency_seconds",
-    "vllm:request_time_per_output_token_seconds",
+    "vllm:request_time_per_output_token_seconds", "vllm:request_queue_time_seconds",
+    "vllm:request_prefill_time_seconds", "vllm:request_decode_time_seconds",
 }  # fmt: skip
 
 
@@ -127,3 +133,22 @@ async def test_without_a_gateway_there_are_still_metrics(api: Api) -> None:
 
 async def _nobody() -> list[str]:
     return []
+
+
+class TimingEngine(FakeEngine):
+    """Says how long it took."""
+
+    def _advance(self, request_id: str) -> Delta:
+        delta = super()._advance(request_id)
+        if delta.finish_reason is None:
+            return delta
+        return msgspec.structs.replace(delta, timings=Timings(queue_s=0.5, prefill_s=1.5, decode_s=20))
+
+
+async def test_the_gateways_own_timings_are_passed_on(store: Path) -> None:
+    async with api_of(store, TimingEngine(saying(store, TEXT))) as api:
+        await api.completion(max_tokens=5)
+        seen = await figures(api)
+        assert seen["vllm:request_queue_time_seconds_sum"] == 0.5
+        assert seen["vllm:request_prefill_time_seconds_sum"] == 1.5
+        assert seen["vllm:request_decode_time_seconds_sum"] == 20
