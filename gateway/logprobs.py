@@ -28,9 +28,8 @@ class PromptLogprobs:
 
     def add(self, logits: torch.Tensor, tokens: list[int]) -> None:
         """Take the rows at the next positions, `logits` [N, vocabulary]; `tokens` are the whole sequence's."""
-        if not len(logits):
-            return
-        for part in logits.split(_AT_ONCE):
+        for at in range(0, len(logits), _AT_ONCE):
+            part = logits[at : at + _AT_ONCE]
             wanted = tokens[self.rows + 1 : self.rows + 1 + len(part)]
             self._parts.append(logprobs(part, wanted, [self._best] * len(wanted), together=True)[0])
             self.rows += len(wanted)
