@@ -161,7 +161,9 @@ def _sources() -> str:
 def package(layer: nn.Module, pattern: CallPattern, file: Path) -> None:
     """Compile `layer` into `file`, whole or not at all; takes ten seconds of a core."""
     number_products(layer)
-    tensors = [_grown(pattern.leaves[i], growing, 8) for i, growing in zip(pattern.tensors, pattern.growing, strict=True)]
+    tensors = [
+        _grown(pattern.leaves[i], growing, 8) for i, growing in zip(pattern.tensors, pattern.growing, strict=True)
+    ]
     shapes = [{d: torch.export.Dim.DYNAMIC for d in growing} or None for growing in pattern.growing]
     with torch.no_grad():
         program = torch.export.export(

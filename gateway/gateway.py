@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from pathlib import Path
 
 import redis
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _HEAD_START_S = 2.0
 """What a gateway that is ready has before the first expert replica starts, and between tries to start them."""
+_FINISH_POLL_S = 0.05
 
 
 class Gateway:
@@ -74,6 +76,7 @@ class Gateway:
                 prepare=lambda: torch.set_num_threads(self._policy.gateway.threads or os.cpu_count() or 1),
             )
         )
+        self._exits.push_async_callback(self._finish_sequences)
         self._exits.enter_context(Lease(self._directory, self._entry()))
         starting = asyncio.create_task(self._start_experts(), name="start-experts")
         self._exits.callback(starting.cancel)
@@ -95,6 +98,12 @@ class Gateway:
     async def __aexit__(self, *_: object) -> None:
         """The lease first, so that no api sends new requests; then the connections, the fleet last."""
         await self._exits.aclose()
+
+    async def _finish_sequences(self) -> None:
+        """Wait for what still runs: the lease is given back, no new sequences come."""
+        deadline = time.monotonic() + self._policy.api.drain_s
+        while self._engine.has_work and time.monotonic() < deadline:
+            await asyncio.sleep(_FINISH_POLL_S)
 
     def _connect(self, secret: bytes) -> Dispatcher:
         """The dispatcher with the fleet it uses; an expert's inline copy is unmapped once replicas cover it."""

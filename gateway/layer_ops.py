@@ -38,9 +38,7 @@ class Callbacks(Protocol):
     ) -> torch.Tensor:
         """As `gateway.attention.Attending.attend`, by the mask rule of the layer."""
 
-    def experts(
-        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def experts(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As `gateway.model.ExpertsFunction`."""
 
 
@@ -154,6 +152,4 @@ def traced_attend(
 ) -> torch.Tensor:
     """Emit the traced layer's attention."""
     own = None if values is keys else values
-    return cast(
-        torch.Tensor, torch.ops.evermoe.attend(query, keys, own, layer, scaling, sinks, values.shape[-1])
-    )
+    return cast(torch.Tensor, torch.ops.evermoe.attend(query, keys, own, layer, scaling, sinks, values.shape[-1]))

@@ -8,6 +8,9 @@ import torch
 
 from gateway.messages import Logprobs
 
+_AT_ONCE = 64
+"""Rows of a prompt that are normalised at a time: a copy of all, in full precision, may be large."""
+
 
 class PromptLogprobs:
     """Collects those of one prompt while it is computed, chunk by chunk."""
@@ -25,11 +28,11 @@ class PromptLogprobs:
 
     def add(self, logits: torch.Tensor, tokens: list[int]) -> None:
         """Take the rows at the next positions, `logits` [N, vocabulary]; `tokens` are the whole sequence's."""
-        if not len(logits):
-            return
-        wanted = tokens[self.rows + 1 : self.rows + 1 + len(logits)]
-        self._parts.append(logprobs(logits, wanted, [self._best] * len(wanted), together=True)[0])
-        self.rows += len(wanted)
+        for at in range(0, len(logits), _AT_ONCE):
+            part = logits[at : at + _AT_ONCE]
+            wanted = tokens[self.rows + 1 : self.rows + 1 + len(part)]
+            self._parts.append(logprobs(part, wanted, [self._best] * len(wanted), together=True)[0])
+            self.rows += len(wanted)
 
     def result(self) -> Logprobs:
         """All that was collected."""

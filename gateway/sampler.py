@@ -28,7 +28,6 @@ _MASK = (1 << 64) - 1
 _BLOCK = 64
 """Tokens whose probabilities are summed before the cumulative sum, which is the slow part, is taken."""
 
-
 Words = npt.NDArray[np.uint64]
 
 
@@ -45,7 +44,8 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
     tokens = tokens.where(best.isfinite(), INVALID)
     if needs & DRAW:
         _draw_over(tokens, logits, sequences)
-    return [int(token) for token in tokens.tolist()]
+    chosen: list[int] = tokens.tolist()
+    return chosen
 
 
 def tell(logits: torch.Tensor, sequences: Seq[Sequence], tokens: Seq[int]) -> dict[int, Logprobs]:

@@ -16,9 +16,17 @@ from gateway.api.event_stream import DONE, event
 from gateway.api.job import Job
 from gateway.api.responses import PromptTokensDetails, Usage
 from gateway.api.text import Piece, ScoredToken
-from gateway.link import GatewayLostError, GatewayPool
+from gateway.link import GatewayLostError
+from gateway.messages import Delta, Submit
 
 log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Where sequences run: a `GatewayPool`, or a view of one."""
+
+    def generate(self, submit: Submit) -> AsyncGenerator[Delta, None]:
+        """The sequence's deltas; raise GatewayLostError."""
 
 
 class Format(Protocol):
@@ -34,7 +42,7 @@ class Format(Protocol):
         """The answer in one."""
 
 
-async def collect(job: Job, pool: GatewayPool, form: Format) -> BaseModel:
+async def collect(job: Job, pool: Source, form: Format) -> BaseModel:
     """The whole answer; raise ApiError."""
     texts, reasons = [""] * job.choices, [""] * job.choices
     tokens, cached = [0] * job.choices, [0] * job.choices
@@ -48,7 +56,7 @@ async def collect(job: Job, pool: GatewayPool, form: Format) -> BaseModel:
     return form.whole(texts, reasons, scored, _usage(job, tokens, cached))
 
 
-async def events(job: Job, pool: GatewayPool, form: Format) -> AsyncGenerator[bytes, None]:
+async def events(job: Job, pool: Source, form: Format) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events.
 
     Raise ApiError only before the first; later an error is an event of its own, and the stream still ends as it must.
@@ -68,10 +76,10 @@ async def events(job: Job, pool: GatewayPool, form: Format) -> AsyncGenerator[by
         if not begun:
             raise
         yield event(error.body())
-    except Exception:
+    except Exception as error:
         if not begun:
             raise
-        log.exception("the stream of %s broke", job.id)
+        log.error("the stream of %s broke: %s", job.id, errors.trace(error))
         yield event(errors.internal().body())
     yield DONE
 
@@ -87,19 +95,19 @@ def _usage(job: Job, tokens: list[int], cached: list[int]) -> Usage:
     )
 
 
-def _pieces(job: Job, pool: GatewayPool) -> AsyncGenerator[tuple[int, Piece], None]:
+def _pieces(job: Job, pool: Source) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of all choices as they come."""
     return _sequence(job, pool, 0) if job.choices == 1 else _merged(job, pool)
 
 
-async def _sequence(job: Job, pool: GatewayPool, choice: int) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _sequence(job: Job, pool: Source, choice: int) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of one choice, the last with a finish reason; raise ApiError."""
     text = job.text(choice)
     try:
         async with aclosing(pool.generate(job.submit(choice))) as deltas:
             async for delta in deltas:
                 if delta.finish_reason == "error":
-                    raise ApiError(delta.error_status, delta.error or "The gateway gave this request up.")
+                    raise errors.from_gateway(delta.error_status, delta.error, delta.retry_after_s)
                 piece = text.push(delta)
                 if piece.text or piece.finish_reason or piece.scored:
                     yield choice, piece
@@ -110,7 +118,7 @@ async def _sequence(job: Job, pool: GatewayPool, choice: int) -> AsyncGenerator[
         raise errors.unavailable() from error
 
 
-async def _merged(job: Job, pool: GatewayPool) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _merged(job: Job, pool: Source) -> AsyncGenerator[tuple[int, Piece], None]:
     """Every choice in a task of its own; the first error ends them all."""
     queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
 

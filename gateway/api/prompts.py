@@ -44,10 +44,10 @@ def texts(body: CompletionRequest, ids: list[list[int]], model: ServedModel, *, 
     ]
 
 
-async def of_chat(body: ChatRequest, model: ServedModel) -> list[int]:
-    """The conversation through the model's chat template; raise ApiError."""
+async def of_chat(body: ChatRequest, model: ServedModel, *, special: bool = False) -> list[int]:
+    """The conversation through the model's chat template, which frames it unless `special`; raise ApiError."""
     text = _render(body, model)
-    return await _beside_the_loop(lambda: _encode(text, model, special=False, param="messages"), len(text))
+    return await _beside_the_loop(lambda: _encode(text, model, special=special, param="messages"), len(text))
 
 
 def check_vocabulary(ids: list[int], model: ServedModel, param: str) -> list[int]:

@@ -91,6 +91,8 @@ class SamplingRequest(Body):
     """Token id -> what is added to its logit."""
     response_format: ResponseFormat | None = None
     skip_special_tokens: bool | None = None
+    priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    """Lower goes first; default 0."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -149,6 +149,18 @@ class ChatChunk(BaseModel):
     usage: Usage | None = None
 
 
+class Health(BaseModel):
+    """The server takes requests."""
+
+    status: Literal["ok"]
+
+
+class Version(BaseModel):
+    """Evermoe's."""
+
+    version: str
+
+
 class ErrorDetail(BaseModel):
     """What went wrong, and which parameter is at fault."""
 

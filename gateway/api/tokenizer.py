@@ -69,6 +69,10 @@ class Tokenizer:
         """The whole tokenizer as a ``tokenizer.json`` holds it."""
         return str(self._backend.to_str())
 
+    def token(self, id: int) -> str:
+        """How the vocabulary writes a token; empty for an id without one."""
+        return str(self._backend.id_to_token(id) or "")
+
     def token_id(self, token: str) -> int | None:
         """The id of the token written `token`."""
         found: int | None = self._backend.token_to_id(token)

@@ -40,6 +40,7 @@ class GatewayPool:
         self._listed: Sequence[str] = ()
         self._refreshed = -_REFRESH_S
         self._failure = "no gateway is listed"
+        self._closing = False
         self._lock = asyncio.Lock()
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -68,6 +69,8 @@ class GatewayPool:
         deadline = time.monotonic() + patience
         pause = _FIRST_PAUSE_S
         while True:
+            if self._closing:
+                raise GatewayLostError("The server is shutting down.")
             if (client := self._choose()) is not None:
                 self._refresh_beside()
                 return client
@@ -106,6 +109,12 @@ class GatewayPool:
                 if losses == _LOSSES:
                     raise GatewayLostError(f"The request was given up: {losses} gateways were lost. {error}") from error
                 log.warning("%s Request %s moves on with %d tokens.", error, submit.request_id, len(emitted))
+
+    def cut(self) -> None:
+        """End every sequence, running or looking for a gateway, with an error; none starts any more."""
+        self._closing = True
+        for client in self._clients.values():
+            client.end_all("The server is shutting down. The request can be sent again.", 503)
 
     async def status(self) -> list[GatewayStatus]:
         """Every connected gateway's counters; raise GatewayLostError where there is none at once."""

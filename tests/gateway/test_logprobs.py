@@ -62,6 +62,14 @@ def test_a_prompt_is_told_chunk_by_chunk_and_once() -> None:
     assert rows_of(prompt.result()) == [expected(LOGITS[i], tokens[i + 1], 2) for i in range(5)]
 
 
+def test_a_long_chunk_is_told_whole() -> None:
+    logits = torch.randn(200, 40, generator=torch.Generator().manual_seed(2))
+    tokens = [i % 40 for i in range(201)]
+    prompt = PromptLogprobs(1, len(tokens))
+    prompt.add(logits, tokens)
+    assert rows_of(prompt.result()) == [expected(logits[i], tokens[i + 1], 1) for i in range(200)]
+
+
 def test_a_prompt_of_one_token_has_none() -> None:
     prompt = PromptLogprobs(2, 1)
     assert len(prompt.missing(0, 1)) == 0
