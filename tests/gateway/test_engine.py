@@ -14,6 +14,7 @@ from gateway.batch import Batch
 from gateway.engine import Engine, EngineSettings, RequestError
 from gateway.messages import Delta, SamplingParams, Submit, Timings
 from gateway.model import ModelError, load_model
+from gateway.sampler import INVALID
 from tests.gateway.inline_model import (
     InlineFamily,
     answer_all,
@@ -447,10 +448,12 @@ def test_whoever_shares_blocks_with_a_failed_request_goes_on(family: InlineFamil
     assert engine.pool.used == 0
 
 
-def test_a_request_that_forbids_every_token_costs_nobody_the_cache(engine: Engine) -> None:
+def test_a_request_that_leaves_itself_no_token_costs_nobody_the_cache(engine: Engine) -> None:
     answer_all(engine, [PROMPT], max_tokens=1)
-    engine.add(submit("never", PROMPT, stop_token_ids=tuple(range(128)), min_tokens=1))
-    assert set(failures(engine.step())) == {"never"}
+    engine.add(submit("never", PROMPT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gateway.engine.sample", lambda logits, sequences: [INVALID] * len(sequences))
+        assert set(failures(engine.step())) == {"never"}
     engine.add(submit("r", PROMPT, max_tokens=1))
     assert [delta.cached_tokens for delta in engine.step()] == [8]
 
