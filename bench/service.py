@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,14 @@ class Service:
         with urllib.request.urlopen(f"{self.url}/evermoe/status", timeout=10) as answer:
             return dict(json.load(answer))
 
-    def stream(self, prompt: str, max_tokens: int) -> Iterator[str]:
+    @cached_property
+    def model(self) -> str:
+        """The served model's name."""
+        return str(self.status()["model"])
+
+    def stream(self, prompt: str | list[int], max_tokens: int) -> Iterator[str]:
         """The text chunks of a streamed completion; raise OSError where the service does not answer."""
-        body = {"model": self.status()["model"], "prompt": prompt, "max_tokens": max_tokens, "stream": True,
+        body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "stream": True,
                 "temperature": 0, "ignore_eos": True}  # fmt: skip
         request = urllib.request.Request(
             f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

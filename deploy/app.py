@@ -10,12 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from deploy.models import DEFAULT_MODEL, ensure_store
 from experts.deployment import expert_deployment
 from gateway.api.deployment import api_deployment
+from gateway.api.keys import load_keys
+from gateway.api.served_model import ApiConfig
 from gateway.deployment import gateway_deployment
 from placement.policy import Policy, load_policy
 from placement.unit import make_units
@@ -41,6 +43,8 @@ class AppArgs(BaseModel):
     """The model's name in the API; default: its folder's."""
     dtype: str = "auto"
     """Weights are served in this type: auto (the checkpoint's), float32, bfloat16 or float16."""
+    listen: str | None = Field(default=None, pattern=r"^.+:\d{1,5}$")
+    """HOST:PORT for the api to listen on itself, a good deal cheaper than Serve's proxy; default: the proxy."""
 
 
 # No postponed annotations in this file: Serve reads this one to know that it must make an AppArgs of what it was given.
@@ -51,10 +55,10 @@ def build(args: AppArgs) -> serve.Application:
     redis_url = args.redis_url or os.environ.get("REDIS_URL")
     if redis_url:
         Directory(redis_url, "probe").wait()
-        return assemble(store, policy, redis_url, model_name(args))
+        return assemble(store, policy, redis_url, model_name(args), listen=_listen(args))
     folder = Path(tempfile.gettempdir()) / f"evermoe-{secrets.token_hex(6)}"
     url = f"unix://{folder}/redis.sock"
-    return assemble(store, policy, url, model_name(args), redis_deployment(url))
+    return assemble(store, policy, url, model_name(args), redis_deployment(url), listen=_listen(args))
 
 
 def model_name(args: AppArgs) -> str:
@@ -62,16 +66,32 @@ def model_name(args: AppArgs) -> str:
     return args.name or Path(args.model).resolve().name
 
 
+def _listen(args: AppArgs) -> tuple[str, int] | None:
+    if args.listen is None:
+        return None
+    host, _, port = args.listen.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def assemble(
-    store: "ExpertStore", policy: Policy, redis_url: str, name: str, *more: serve.Application
+    store: "ExpertStore",
+    policy: Policy,
+    redis_url: str,
+    name: str,
+    *more: serve.Application,
+    listen: tuple[str, int] | None,
 ) -> serve.Application:
-    """The application of a store and a policy that meet in the Redis at `redis_url`; `more` nodes join it."""
+    """The application of a store and a policy that meet in the Redis at `redis_url`; `more` nodes join it.
+
+    The api listens on `listen`, or behind Serve's proxy (None). Raise KeySourceError for an API key that is not there.
+    """
     namespace = _namespace(store, policy, name)
     path, fingerprint = str(store.path), store.manifest.fingerprint
     units = make_units(policy.experts.unit, store.manifest.num_experts, store.manifest.moe_layers)
     experts = [expert_deployment(unit, path, policy.experts, redis_url, namespace) for unit in units]
     gateway = gateway_deployment(path, policy, redis_url, namespace)
-    return api_deployment(path, fingerprint, name, redis_url, namespace, [gateway, *experts, *more])
+    config = ApiConfig(store=store.path, model_name=name, policy=policy.api, keys=load_keys(policy.api.keys))
+    return api_deployment(config, fingerprint, redis_url, namespace, listen, [gateway, *experts, *more])
 
 
 def _namespace(store: "ExpertStore", policy: Policy, name: str) -> str:

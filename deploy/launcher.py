@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,10 @@ _WORKER_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 
+
+_POLL_S = 0.1
+_STOP_S = 15.0
+"""What the application's deployments have to end once their last request has."""
 
 _MOST_TEMPORARY = 24
 """Characters: Ray's Unix sockets lie some 80 below it, and a socket's path has room for 107."""
@@ -59,10 +64,10 @@ def running(
 
     `store` is called once the cluster is up: what it waits for is done while Ray starts.
     """
-    with _run_folder() as folder, _redis(redis_url, folder) as url, local_ray(folder), _serve(host, port) as serve:
+    with _run_folder() as folder, _redis(redis_url, folder) as url, local_ray(folder), _serve(policy) as serve:
         from deploy.app import assemble
 
-        application = assemble(store(), policy, url, name)
+        application = assemble(store(), policy, url, name, listen=(host, port))
         try:
             serve.run(application, name=APP, route_prefix="/")
         except RuntimeError as error:
@@ -72,17 +77,28 @@ def running(
 
 
 @contextlib.contextmanager
-def _serve(host: str, port: int) -> Iterator[ModuleType]:
-    """Ray Serve, listening on ``host:port``."""
+def _serve(policy: Policy) -> Iterator[ModuleType]:
+    """Ray Serve without a proxy: the api has a port of its own."""
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
+    serve.start(proxy_location="Disabled")
     try:
         yield serve
     finally:
         with _hushed():
+            _drain(serve, policy.api.drain_s + _STOP_S)
             serve.shutdown()
+
+
+def _drain(serve: ModuleType, limit_s: float) -> None:
+    """Delete the application, which ends its requests with manners; `serve.shutdown` alone has less patience."""
+    if APP not in serve.status().applications:
+        return
+    serve.delete(APP, _blocking=False)
+    deadline = time.monotonic() + limit_s
+    while APP in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 @contextlib.contextmanager

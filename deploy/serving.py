@@ -54,6 +54,7 @@ def serve_model(
     if model is not None:
         store()  # a model of the operator's own is judged before anything starts; ours can wait for Ray
     with running(store, policy, name=served, host=host, port=port, redis_url=redis_url):
+        _interrupt_once()
         url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         console.print(
             f"listening on [bold]{url}[/]   (Ctrl-C stops)\n\ntry it:\n{_example(url, served)}\n", soft_wrap=True
@@ -62,7 +63,7 @@ def serve_model(
             _show_warm_up(url, console)
             threading.Event().wait()
         except KeyboardInterrupt:
-            console.print("stopping ...")
+            console.print(f"stopping ... (running requests have {policy.api.drain_s:g} s to finish)")
 
 
 def _store(model: Path, dtype: str, console: Console) -> ExpertStore:
@@ -88,9 +89,14 @@ def _in_background(work: Callable[[], T]) -> Callable[[], T]:
 
 
 def _interrupt_once() -> None:
-    """The first SIGINT or SIGTERM interrupts whatever is going on; later ones must not cut the cleaning up short."""
+    """The first SIGINT or SIGTERM interrupts whatever is going on; later ones must not cut the cleaning up short.
+
+    To be called again once Ray has started: it puts a handler of its own before this one, which dumps a stack and ends
+    the process seconds later, by an alarm.
+    """
 
     def interrupt(number: int, frame: object) -> None:
+        signal.alarm(0)
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt

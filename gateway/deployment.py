@@ -13,6 +13,9 @@ from ray import serve
 from placement.policy import Policy
 from recovery.directory import Directory
 
+_STOP_S = 10.0
+"""What a gateway has to end after its last sequence."""
+
 
 class GatewayReplica:
     """Serve makes one for each gateway; requests arrive on its own port, not through Serve."""
@@ -46,7 +49,13 @@ class GatewayReplica:
 def gateway_deployment(store: str, policy: Policy, redis_url: str, namespace: str) -> serve.Application:
     """The Serve application node of the gateway."""
     options = {"num_cpus": 0, "num_gpus": int(_wants_gpu(policy.gateway.device))}
-    deployment = serve.deployment(GatewayReplica, name="gateway", ray_actor_options=options)
+    deployment = serve.deployment(
+        GatewayReplica,
+        name="gateway",
+        ray_actor_options=options,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=policy.api.drain_s + _STOP_S,
+    )
     return deployment.bind(store, policy, redis_url, namespace)
 
 

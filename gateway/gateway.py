@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from pathlib import Path
 
 import redis
@@ -17,6 +18,7 @@ from experts.wire.sockets import host_id
 from gateway.dispatch import Dispatcher
 from gateway.engine import Engine, EngineSettings
 from gateway.fleet import DispatchTable, Fleet
+from gateway.grammar import Grammars
 from gateway.link.server import GatewayServer
 from gateway.messages import GatewayStatus
 from gateway.model import load_model
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _HEAD_START_S = 2.0
 """What a gateway that is ready has before the first expert replica starts, and between tries to start them."""
+_FINISH_POLL_S = 0.05
 
 
 class Gateway:
@@ -61,7 +64,8 @@ class Gateway:
         secret, fingerprint = self._directory.secret(), self._store.manifest.fingerprint
         self._dispatcher = self._connect(secret)
         model = load_model(self._store, device=_device(self._policy.gateway.device), experts=self._dispatcher)
-        self._engine = Engine(model, _settings(self._policy.gateway))
+        grammars = Grammars(self._store.path, model.vocab_size)
+        self._engine = Engine(model, _settings(self._policy.gateway), grammars=grammars)
         self._server = await self._exits.enter_async_context(
             GatewayServer(
                 self._engine,
@@ -72,6 +76,7 @@ class Gateway:
                 prepare=lambda: torch.set_num_threads(self._policy.gateway.threads or os.cpu_count() or 1),
             )
         )
+        self._exits.push_async_callback(self._finish_sequences)
         self._exits.enter_context(Lease(self._directory, self._entry()))
         starting = asyncio.create_task(self._start_experts(), name="start-experts")
         self._exits.callback(starting.cancel)
@@ -93,6 +98,12 @@ class Gateway:
     async def __aexit__(self, *_: object) -> None:
         """The lease first, so that no api sends new requests; then the connections, the fleet last."""
         await self._exits.aclose()
+
+    async def _finish_sequences(self) -> None:
+        """Wait for what still runs: the lease is given back, no new sequences come."""
+        deadline = time.monotonic() + self._policy.api.drain_s
+        while self._engine.has_work and time.monotonic() < deadline:
+            await asyncio.sleep(_FINISH_POLL_S)
 
     def _connect(self, secret: bytes) -> Dispatcher:
         """The dispatcher with the fleet it uses; an expert's inline copy is unmapped once replicas cover it."""
@@ -117,7 +128,7 @@ class Gateway:
         )
 
     def _status(self, query_id: int) -> GatewayStatus:
-        pool = self._engine.pool
+        pool, scheduler = self._engine.pool, self._engine.scheduler
         return GatewayStatus(
             query_id=query_id,
             gateway=self._name,
@@ -126,12 +137,19 @@ class Gateway:
             kv_blocks_used=pool.used,
             kv_blocks_total=pool.total,
             expert_calls=_by_unit(self._units, dict(self._dispatcher.calls)),
+            preemptions=scheduler.preemptions,
+            prefix_cache_queries=scheduler.prefix_queries,
+            prefix_cache_hits=scheduler.prefix_hits,
         )
 
 
 def _settings(policy: GatewayPolicy) -> EngineSettings:
     return EngineSettings(
-        kv_cache_gib=policy.kv_cache_gib, token_budget=policy.max_batch_tokens, max_sequences=policy.max_running
+        kv_cache_gib=policy.kv_cache_gib,
+        token_budget=policy.max_batch_tokens,
+        max_sequences=policy.max_running,
+        max_waiting=policy.max_waiting,
+        prefix_caching=policy.prefix_caching,
     )
 
 

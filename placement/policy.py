@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -79,6 +79,10 @@ class GatewayPolicy(_Section):
     """Rows in one step at most: longer prompts are prefilled in chunks."""
     max_running: int = Field(default=64, ge=1)
     """Sequences in one step at most."""
+    max_waiting: int = Field(default=1024, ge=0)
+    """Sequences that wait for a place at most; more are refused with status 429."""
+    prefix_caching: bool = True
+    """Keep finished sequences' keys and values while there is room, for prompts that begin alike."""
     call_deadline_s: float = Field(default=10.0, gt=0)
     """A replica that has not answered by then is given up and its rows run elsewhere (usually far sooner)."""
 
@@ -92,11 +96,63 @@ class GatewayPolicy(_Section):
         return self
 
 
+class KeyPolicy(_Section):
+    """One client's API key and what it may use. The key itself never stands in the policy."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """How logs and errors call the client."""
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
+    """The key's SHA-256, in hexadecimal ..."""
+    env: str | None = Field(default=None, min_length=1)
+    """... or the environment variable that holds the key ..."""
+    file: Path | None = None
+    """... or a file that holds nothing else."""
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """Requests at a time."""
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    """Prompt tokens, counted before a request, and generated ones, counted after it."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> KeyPolicy:
+        if sum(source is not None for source in (self.sha256, self.env, self.file)) != 1:
+            raise ValueError("give one of sha256, env and file")
+        return self
+
+
+class ApiPolicy(_Section):
+    """The HTTP edge."""
+
+    keys: tuple[KeyPolicy, ...] = ()
+    """Who may ask; nobody is asked for a key where none are listed."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of these origins may call from a browser; "*" is any."""
+    max_body_mib: float = Field(default=16.0, gt=0, le=1024)
+    """Largest request body, MiB."""
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    """A request's body must have arrived by then."""
+    request_timeout_s: float | None = Field(default=None, gt=0)
+    """A request ends in an error after so long, unless its x-request-timeout header says less; none by default."""
+    drain_s: float = Field(default=30.0, ge=0, le=3600)
+    """What running requests get to finish when the service ends."""
+    request_log: Path | None = None
+    """File for the log of requests, one JSON object a line; by default the process's standard output."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ApiPolicy:
+        names = [key.name for key in self.keys]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"keys: two are called '{twice}'")
+        return self
+
+
 class Policy(_Section):
     """A whole policy file; every part has a default."""
 
     experts: ExpertPolicy = ExpertPolicy()
     gateway: GatewayPolicy = GatewayPolicy()
+    api: ApiPolicy = ApiPolicy()
 
 
 def load_policy(path: Path | None) -> Policy:
@@ -129,6 +185,8 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
         reason = first["msg"].removeprefix("Value error, ")
+        if first["loc"][:2] == ("api", "keys"):
+            return f"{where}: {reason}"  # what was given may be a key
         return f"{where}: {reason} (got {first['input']!r})" if where else reason
     *parents, key = first["loc"]
     section = _section(parents)
@@ -140,7 +198,10 @@ def _explain(error: ValidationError) -> str:
 def _section(path: list[int | str]) -> type[BaseModel]:
     section: type[BaseModel] = Policy
     for name in path:
-        annotation = section.model_fields[str(name)].annotation
+        if isinstance(name, int):
+            continue  # an item of the list before: its type is known already
+        annotation = section.model_fields[name].annotation
+        (annotation,) = get_args(annotation)[:1] or (annotation,)
         assert isinstance(annotation, type)
         section = annotation
     return section

@@ -14,11 +14,19 @@ from gateway.api import errors
 from gateway.api.errors import ApiError
 from gateway.api.event_stream import DONE, event
 from gateway.api.job import Job
-from gateway.api.responses import Usage
-from gateway.api.text import Piece
-from gateway.link import GatewayLostError, GatewayPool
+from gateway.api.responses import PromptTokensDetails, Usage
+from gateway.api.text import Piece, ScoredToken
+from gateway.link import GatewayLostError
+from gateway.messages import Delta, Submit
 
 log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Where sequences run: a `GatewayPool`, or a view of one."""
+
+    def generate(self, submit: Submit) -> AsyncGenerator[Delta, None]:
+        """The sequence's deltas; raise GatewayLostError."""
 
 
 class Format(Protocol):
@@ -30,69 +38,78 @@ class Format(Protocol):
     def last_chunk(self, usage: Usage) -> bytes:
         """The chunk without choices that ends a stream with its usage."""
 
-    def whole(self, texts: list[str], reasons: list[str], usage: Usage) -> BaseModel:
+    def whole(self, texts: list[str], reasons: list[str], scored: list[list[ScoredToken]], usage: Usage) -> BaseModel:
         """The answer in one."""
 
 
-async def collect(job: Job, pool: GatewayPool, form: Format) -> BaseModel:
+async def collect(job: Job, pool: Source, form: Format) -> BaseModel:
     """The whole answer; raise ApiError."""
-    texts, reasons, tokens = [""] * job.choices, [""] * job.choices, [0] * job.choices
+    texts, reasons = [""] * job.choices, [""] * job.choices
+    tokens, cached = [0] * job.choices, [0] * job.choices
+    scored: list[list[ScoredToken]] = [[] for _ in range(job.choices)]
     async with aclosing(_pieces(job, pool)) as pieces:
         async for choice, piece in pieces:
             texts[choice] += piece.text
             reasons[choice] = piece.finish_reason or ""
-            tokens[choice] = piece.tokens
-    return form.whole(texts, reasons, _usage(job, sum(tokens)))
+            tokens[choice], cached[choice] = piece.tokens, piece.cached_tokens
+            scored[choice] += piece.scored
+    return form.whole(texts, reasons, scored, _usage(job, tokens, cached))
 
 
-async def events(job: Job, pool: GatewayPool, form: Format) -> AsyncGenerator[bytes, None]:
+async def events(job: Job, pool: Source, form: Format) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events.
 
     Raise ApiError only before the first; later an error is an event of its own, and the stream still ends as it must.
     """
-    tokens = [0] * job.choices
+    tokens, cached = [0] * job.choices, [0] * job.choices
     begun = False
     try:
         async with aclosing(_pieces(job, pool)) as pieces:
             async for choice, piece in pieces:
-                tokens[choice] = piece.tokens
-                usage = _usage(job, sum(tokens)) if job.continuous_usage else None
+                tokens[choice], cached[choice] = piece.tokens, piece.cached_tokens
+                usage = _usage(job, tokens, cached) if job.continuous_usage else None
                 yield event(form.chunk(choice, piece, usage))
                 begun = True
         if job.include_usage:
-            yield event(form.last_chunk(_usage(job, sum(tokens))))
+            yield event(form.last_chunk(_usage(job, tokens, cached)))
     except ApiError as error:
         if not begun:
             raise
         yield event(error.body())
-    except Exception:
+    except Exception as error:
         if not begun:
             raise
-        log.exception("the stream of %s broke", job.id)
+        log.error("the stream of %s broke: %s", job.id, errors.trace(error))
         yield event(errors.internal().body())
     yield DONE
 
 
-def _usage(job: Job, tokens: int) -> Usage:
-    prompt = job.prompt_tokens
-    return Usage(prompt_tokens=prompt, completion_tokens=tokens, total_tokens=prompt + tokens)
+def _usage(job: Job, tokens: list[int], cached: list[int]) -> Usage:
+    """Of what each choice has so far; a prompt counts once, and as cached what the first of its answers found."""
+    prompt, answers = job.prompt_tokens, sum(tokens)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=answers,
+        total_tokens=prompt + answers,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached[:: job.n])),
+    )
 
 
-def _pieces(job: Job, pool: GatewayPool) -> AsyncGenerator[tuple[int, Piece], None]:
+def _pieces(job: Job, pool: Source) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of all choices as they come."""
     return _sequence(job, pool, 0) if job.choices == 1 else _merged(job, pool)
 
 
-async def _sequence(job: Job, pool: GatewayPool, choice: int) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _sequence(job: Job, pool: Source, choice: int) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of one choice, the last with a finish reason; raise ApiError."""
-    text = job.text()
+    text = job.text(choice)
     try:
         async with aclosing(pool.generate(job.submit(choice))) as deltas:
             async for delta in deltas:
                 if delta.finish_reason == "error":
-                    raise ApiError(delta.error_status, delta.error or "The gateway gave this request up.")
+                    raise errors.from_gateway(delta.error_status, delta.error, delta.retry_after_s)
                 piece = text.push(delta)
-                if piece.text or piece.finish_reason:
+                if piece.text or piece.finish_reason or piece.scored:
                     yield choice, piece
                 if piece.finish_reason:
                     return
@@ -101,7 +118,7 @@ async def _sequence(job: Job, pool: GatewayPool, choice: int) -> AsyncGenerator[
         raise errors.unavailable() from error
 
 
-async def _merged(job: Job, pool: GatewayPool) -> AsyncGenerator[tuple[int, Piece], None]:
+async def _merged(job: Job, pool: Source) -> AsyncGenerator[tuple[int, Piece], None]:
     """Every choice in a task of its own; the first error ends them all."""
     queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
 

@@ -4,78 +4,162 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Header, Request
 from pydantic import BaseModel
-from starlette.responses import JSONResponse, Response
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 
-from gateway.api import errors, unsupported
-from gateway.api.answer import Format, collect, events
+from gateway.api import errors, request_log, unsupported
+from gateway.api.answer import Format, Source, collect, events
 from gateway.api.disconnect import ClientGoneError, while_connected
-from gateway.api.errors import ApiError
+from gateway.api.drain import Drain
 from gateway.api.event_stream import EventStream
 from gateway.api.formats import ChatFormat, CompletionFormat
+from gateway.api.gate import BodyLimit, Caller, Gate
 from gateway.api.job import Job, chat_job, completion_job
+from gateway.api.limits import Limits
+from gateway.api.metrics import CONTENT_TYPE, Metrics
+from gateway.api.openapi import answers, describe
 from gateway.api.request_context import RequestContext
+from gateway.api.request_record import RequestRecord
 from gateway.api.requests import ChatRequest, CompletionRequest, SamplingRequest
-from gateway.api.responses import ChatCompletion, Completion, ErrorBody, ModelCard, ModelList
+from gateway.api.responses import ChatCompletion, Completion, Health, ModelCard, ModelList, Version
 from gateway.api.served_model import ApiConfig, ServedModel
+from gateway.api.tokenization import tokenization_routes
+from gateway.api.tracking import Demands, TrackedPool
 from gateway.link import GatewayLostError, GatewayPool
 
 Status = Callable[[], Awaitable[dict[str, Any]]]
 """Reports the application's state as what JSON can hold."""
 
 _CLIENT_GONE = 499
-_ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
-    **{status: {"model": ErrorBody} for status in (400, 404, 500, 503)},
+_EXPOSED = [
+    "x-request-id",
+    "retry-after",
+    *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
+]
+"""Headers that web pages may read."""
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chunk or an error, in JSON; at last `[DONE]`."}},
+    "required": ["data"],
 }
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}}}
+
+Timeout = Annotated[
+    float | None,
+    Header(alias="x-request-timeout", gt=0, allow_inf_nan=False, description="Seconds the whole answer may take."),
+]
 
 
-def create_app(config: ApiConfig, pool: GatewayPool, status: Status) -> FastAPI:
+def create_app(config: ApiConfig, pool: GatewayPool, status: Status, limits: Limits | None = None) -> FastAPI:
     """The OpenAI-compatible API of the model in ``config.store``, answered by the gateways of `pool`.
 
-    The pool is closed when the application shuts down. Raise StoreError for a store without what the api needs.
+    When the application shuts down, running requests get ``config.policy.drain_s`` to finish, then the pool is closed.
+    Raise StoreError for a store without what the api needs.
     """
     model = ServedModel.load(config)
+    drain, metrics = Drain(), Metrics(config.model_name)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with pool:
+        async with pool, limits or contextlib.nullcontext():
             yield
+            await drain.finish(config.policy.drain_s, pool.cut)
 
-    app = FastAPI(title="Evermoe", lifespan=lifespan)
-    app.add_middleware(RequestContext, answer=config.request_ids)
+    def ended(record: RequestRecord) -> None:
+        metrics.answered(record)
+        request_log.write(record)
+
+    app = FastAPI(title="Evermoe", version=version("evermoe"), lifespan=lifespan, redirect_slashes=False)
+    _surround(app, config, drain, limits, ended)
     errors.install(app)
-    app.include_router(_generation(model, pool))
+    app.include_router(_generation(_Desk(model, pool, metrics, config)))
     app.include_router(_models(model))
-    app.include_router(_state(pool, status))
+    app.include_router(_state(pool, status, metrics, drain))
+    describe(app, keys=bool(config.keys))
     return app
 
 
-def _generation(model: ServedModel, pool: GatewayPool) -> APIRouter:
-    router = APIRouter(responses=_ANSWERS)
+def _surround(
+    app: FastAPI, config: ApiConfig, drain: Drain, limits: Limits | None, ended: Callable[[RequestRecord], None]
+) -> None:
+    """The layers around the routes, the innermost first."""
+    policy = config.policy
+    app.add_middleware(BodyLimit, limit=int(policy.max_body_mib * (1 << 20)), timeout_s=policy.body_timeout_s)
+    app.add_middleware(Gate, keys=config.keys, drain=drain, limits=limits)
+    if policy.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=policy.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )
+    app.add_middleware(RequestContext, answer=config.request_ids, ended=ended)
 
-    @router.post("/v1/completions", response_model=Completion)
-    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+
+class _Desk:
+    """Takes a request's job in and has it answered."""
+
+    def __init__(self, model: ServedModel, pool: GatewayPool, metrics: Metrics, config: ApiConfig) -> None:
+        self.model = model
+        self._pool = pool
+        self._metrics = metrics
+        self._longest_s = config.policy.request_timeout_s
+
+    def check(self, body: SamplingRequest, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raise ApiError for another model, and for what is not served."""
+        self.model.check_name(body.model)
+        unsupported.refuse(body.model_extra, neutral)
+
+    async def answer(
+        self, job: Job, form: Format, body: SamplingRequest, timeout: float | None, request: Request
+    ) -> Response:
+        """The answer to a request that is valid."""
+        record = RequestRecord.of(request.scope)
+        record.stream, record.prompt_tokens = job.stream, job.prompt_tokens
+        await Caller.of(request.scope).admit()
+        self._metrics.prompt_tokens.inc(job.prompt_tokens)
+        deadlines = [seconds for seconds in (timeout, self._longest_s) if seconds is not None]
+        demands = Demands(priority=body.priority or 0, deadline_s=min(deadlines, default=None))
+        source: Source = TrackedPool(self._pool, record, self._metrics, demands)
+        if job.stream:
+            return EventStream(events(job, source, form))
+        try:
+            answer: BaseModel = await while_connected(request.receive, collect(job, source, form))
+        except ClientGoneError:
+            return Response(status_code=_CLIENT_GONE)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _generation(desk: _Desk) -> APIRouter:
+    router = APIRouter(responses=answers(400, 401, 404, 408, 413, 500, 503))
+    busy = answers(429, 504)
+
+    @router.post("/v1/completions", response_model=Completion, responses=_STREAM | busy)
+    async def create_completion(body: CompletionRequest, request: Request, timeout: Timeout = None) -> Response:
         """Continue a prompt; with ``stream`` as server-sent events."""
-        _check(body, model, unsupported.COMPLETION)
-        job = await completion_job(body, model)
-        return await _answer(job, pool, CompletionFormat(job), request)
+        desk.check(body, unsupported.COMPLETION)
+        job = await completion_job(body, desk.model)
+        return await desk.answer(job, CompletionFormat(job), body, timeout, request)
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion)
-    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM | busy)
+    async def create_chat_completion(body: ChatRequest, request: Request, timeout: Timeout = None) -> Response:
         """Answer a conversation; with ``stream`` as server-sent events."""
-        _check(body, model, unsupported.CHAT)
-        job = await chat_job(body, model)
-        return await _answer(job, pool, ChatFormat(job), request)
+        desk.check(body, unsupported.CHAT)
+        job = await chat_job(body, desk.model)
+        return await desk.answer(job, ChatFormat(job), body, timeout, request)
 
+    tokenization_routes(desk.model, router)
     return router
 
 
 def _models(model: ServedModel) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(responses=answers(401, 500, 503))
     card = ModelCard(id=model.name, created=model.created, max_model_len=model.context_length)
 
     @router.get("/v1/models")
@@ -83,55 +167,48 @@ def _models(model: ServedModel) -> APIRouter:
         """The served models."""
         return ModelList(data=[card])
 
-    @router.get("/v1/models/{name:path}", responses={404: {"model": ErrorBody}})
+    @router.get("/v1/models/{name:path}", responses=answers(404))
     async def retrieve_model(name: str) -> ModelCard:
         """One served model."""
-        _check_name(name, model)
+        model.check_name(name)
         return card
 
     return router
 
 
-def _state(pool: GatewayPool, status: Status) -> APIRouter:
-    router = APIRouter()
+def _state(pool: GatewayPool, status: Status, metrics: Metrics, drain: Drain) -> APIRouter:
+    router = APIRouter(responses=answers(500))
 
-    @router.get("/health", responses={503: {"model": ErrorBody}})
-    async def health() -> dict[str, str]:
-        """Whether a gateway answers."""
+    @router.get("/health", responses=answers(503))
+    async def health() -> Health:
+        """Whether requests are taken: a gateway answers, and the server is not shutting down."""
+        with drain.request():
+            try:
+                await pool.client(patience_s=0)
+            except GatewayLostError as error:
+                raise errors.unavailable(str(error)) from error
+        return Health(status="ok")
+
+    @router.get("/version")
+    async def get_version() -> Version:
+        """Evermoe's version."""
+        return Version(version=version("evermoe"))
+
+    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def get_metrics() -> Response:
+        """Figures for Prometheus; without a gateway only those of this process."""
         try:
-            await pool.client(patience_s=0)
-        except GatewayLostError as error:
-            raise errors.unavailable(str(error)) from error
-        return {"status": "ok"}
+            report = await status()
+        except GatewayLostError:
+            report = {"gateways": [], "units": []}
+        return Response(metrics.exposition(report), media_type=CONTENT_TYPE)
 
-    @router.get("/evermoe/status", responses={503: {"model": ErrorBody}})
-    async def evermoe_status() -> Response:
+    @router.get("/evermoe/status", responses=answers(503))
+    async def evermoe_status() -> dict[str, Any]:
         """Gateways, expert units and their replicas."""
         try:
-            return JSONResponse(await status())
+            return await status()
         except GatewayLostError as error:
             raise errors.unavailable(str(error)) from error
 
     return router
-
-
-def _check(body: SamplingRequest, model: ServedModel, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    if body.model is not None:
-        _check_name(body.model, model)
-    unsupported.refuse(body.model_extra, neutral)
-
-
-def _check_name(name: str, model: ServedModel) -> None:
-    if name != model.name:
-        message = f"The model `{name}` does not exist; this server has `{model.name}`."
-        raise ApiError(404, message, param="model", code="model_not_found")
-
-
-async def _answer(job: Job, pool: GatewayPool, form: Format, request: Request) -> Response:
-    if job.stream:
-        return EventStream(events(job, pool, form))
-    try:
-        answer: BaseModel = await while_connected(request.receive, collect(job, pool, form))
-    except ClientGoneError:
-        return Response(status_code=_CLIENT_GONE)
-    return Response(answer.model_dump_json(), media_type="application/json")

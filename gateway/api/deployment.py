@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from pathlib import Path
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -12,30 +13,55 @@ from fastapi import FastAPI
 from ray import serve
 
 from experts.wire.sockets import host_id
+from gateway.api import request_log
 from gateway.api.app import create_app
+from gateway.api.drain import CUT_S
+from gateway.api.limits import Limits
+from gateway.api.listener import listening
 from gateway.api.served_model import ApiConfig
 from gateway.link.pool import GatewayPool
 from gateway.messages import GatewayStatus
 from placement import plan
 from recovery.directory import START_S, Directory, GatewayEntry
 
+STOP_S = 10.0
+"""What a replica has to end after its last request."""
+
 
 class ApiReplica:
     """Serve makes one for each api process. `nodes` are the application's other deployments, there to be started."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, store: str, fingerprint: str, name: str, redis_url: str, namespace: str, nodes: list[Any]
+        self,
+        config: ApiConfig,
+        fingerprint: str,
+        redis_url: str,
+        namespace: str,
+        listen: tuple[str, int] | None,
+        nodes: list[Any],
     ) -> None:
         self._directory = Directory(redis_url, namespace)
         await asyncio.to_thread(self._directory.wait, START_S)
         self._host = host_id()
-        self._config = ApiConfig(store=Path(store), model_name=name, request_ids=False)  # the proxy has its own
+        self._config = config
         secret = await asyncio.to_thread(self._directory.secret)
         self._pool = GatewayPool(self._gateways, secret, fingerprint)
+        self._limits = Limits(redis_url, namespace)
+        self._listen = listen
+        self._exits = AsyncExitStack()
+        request_log.start(config.policy.request_log)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # Serve calls it
-        """Serve's interface: the app of this replica."""
-        return create_app(self._config, self._pool, self._status)
+    async def __serve_build_asgi_app__(self) -> FastAPI:  # Serve calls it
+        """Serve's interface: the app of this replica. Where it has a port of its own, it listens from now on."""
+        app = create_app(self._config, self._pool, self._status, self._limits)
+        if self._listen is not None:
+            await self._exits.enter_async_context(listening(app, *self._listen))
+        return app
+
+    async def __del__(self) -> None:
+        """Serve's way to end an api; the application's lifespan has ended by then, requests and all."""
+        if hasattr(self, "_exits"):
+            await self._exits.aclose()
 
     async def _gateways(self) -> list[str]:
         entries = await asyncio.to_thread(self._directory.gateways)
@@ -84,12 +110,28 @@ class ApiReplica:
 
 
 def api_deployment(
-    store: str, fingerprint: str, name: str, redis_url: str, namespace: str, nodes: list[serve.Application]
+    config: ApiConfig,
+    fingerprint: str,
+    redis_url: str,
+    namespace: str,
+    listen: tuple[str, int] | None,
+    nodes: list[serve.Application],
 ) -> serve.Application:
-    """The Serve application: the api as its ingress, over all other `nodes`."""
-    ingress = serve.ingress()(ApiReplica)
-    deployment = serve.deployment(ingress, name="api", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
-    return deployment.bind(store, fingerprint, name, redis_url, namespace, nodes)
+    """The Serve application: the api as its ingress, over all other `nodes`.
+
+    It listens on the host and port `listen` itself; None: requests come through Serve's proxy.
+    """
+    deployment = serve.deployment(
+        serve.ingress()(ApiReplica),
+        name="api",
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=config.policy.drain_s + CUT_S + STOP_S,
+        logging_config={"enable_access_log": False},  # we have our own, in JSON
+    )
+    config = replace(config, request_ids=listen is not None)  # the proxy answers with its own
+    return deployment.bind(config, fingerprint, redis_url, namespace, listen, nodes)
 
 
 def _sum(counts: list[dict[str, int]]) -> dict[str, int]:

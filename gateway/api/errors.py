@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
+import math
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -14,9 +15,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-log = logging.getLogger(__name__)
+from gateway.api.request_record import RequestRecord
 
 _NO_OBJECT = "The request body must be a JSON object, sent with `Content-Type: application/json`."
+
+
+_KINDS = {429: "rate_limit_error"}
 
 
 class ApiError(Exception):
@@ -40,7 +44,7 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The error as JSON, in ASCII: what a client sent may hold what UTF-8 cannot."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
 
@@ -59,9 +63,30 @@ def unavailable(message: str = "No gateway is available at the moment. The reque
     return ApiError(503, message, code="gateway_unavailable", headers={"Retry-After": "1"})
 
 
+def from_gateway(status: int, message: str | None, retry_after_s: float | None = None) -> ApiError:
+    """What a gateway said of a sequence it gave up."""
+    message = message or "The gateway gave this request up."
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return ApiError(
+            status, message, code="overloaded", headers={"Retry-After": str(max(1, math.ceil(retry_after_s or 0)))}
+        )
+    if (
+        status == HTTPStatus.GATEWAY_TIMEOUT
+    ):  # the same deadline would be missed again: clients must not try by themselves
+        return ApiError(status, message, code="deadline_exceeded", headers={"x-should-retry": "false"})
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        return unavailable(message)
+    return ApiError(status, message)
+
+
 def internal() -> ApiError:
     """A 500 that gives nothing away; the log has the rest."""
     return ApiError(500, "The server failed to answer this request. It can be sent again.", code="internal_error")
+
+
+def trace(error: BaseException) -> str:
+    """Where a failure happened, for the log, but not in which words: its message may quote a prompt."""
+    return f"{type(error).__name__} at\n{''.join(traceback.format_tb(error.__traceback__))}"
 
 
 def install(app: FastAPI) -> None:
@@ -73,12 +98,12 @@ def install(app: FastAPI) -> None:
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return _respond(request, error)
 
 
 async def _answer_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return from_validation(error.errors()).response()
+    return _respond(request, from_validation(error.errors()))
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
@@ -90,7 +115,12 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
         message = f"Not allowed method {request.method} for {path}."
     else:
         message = str(error.detail)
-    return ApiError(error.status_code, message, headers=error.headers).response()
+    return _respond(request, ApiError(error.status_code, message, headers=error.headers))
+
+
+def _respond(request: Request, error: ApiError) -> Response:
+    RequestRecord.of(request.scope).error = error.code
+    return error.response()
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -99,7 +129,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "syntax error")
         return ApiError(400, f"The request body is not valid JSON: {reason}, at character {first['loc'][-1]}.")
-    param = _param(first["loc"][1:])
+    place, *location = first["loc"]
+    param = _param(location) if place == "body" else str(location[-1])
     if param is None:
         return ApiError(400, _NO_OBJECT)
     if first["type"] == "missing":

@@ -9,12 +9,19 @@ from pydantic import BaseModel
 FinishReason = Literal["stop", "length"]
 
 
+class PromptTokensDetails(BaseModel):
+    """What became of the prompt's tokens."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens, special ones included."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class ModelCard(BaseModel):
@@ -34,12 +41,24 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class CompletionLogprobs(BaseModel):
+    """Of each token of a text: the token, where it begins, its log-probability, and those of the likeliest ones.
+
+    A prompt's first token has none of these but the first two.
+    """
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
 class CompletionChoice(BaseModel):
     """A text, or in a stream the next part of one."""
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None
 
 
@@ -52,6 +71,27 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+
+
+class TokenLogprob(BaseModel):
+    """A token and its log-probability; `bytes` tell what it is where it is but a part of a character."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class ChatTokenLogprob(TokenLogprob):
+    """A token of the answer, and the likeliest ones in its place."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Of each token of a message, or of a chunk's part of it."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
 
 
 class ChatMessage(BaseModel):
@@ -67,7 +107,7 @@ class ChatChoice(BaseModel):
 
     index: int
     message: ChatMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
 
 
@@ -94,7 +134,7 @@ class ChatChunkChoice(BaseModel):
 
     index: int
     delta: ChatDelta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None
 
 
@@ -107,6 +147,18 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+
+
+class Health(BaseModel):
+    """The server takes requests."""
+
+    status: Literal["ok"]
+
+
+class Version(BaseModel):
+    """Evermoe's."""
+
+    version: str
 
 
 class ErrorDetail(BaseModel):

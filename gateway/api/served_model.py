@@ -6,11 +6,19 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from experts.errors import StoreError
+from gateway.api.errors import ApiError
+from gateway.api.keys import Key
+from gateway.api.token_bytes import TokenBytes
 from gateway.api.tokenizer import Tokenizer
+from placement.policy import ApiPolicy
+
+_SHOWN = 100
+"""Characters of a client's name for a model that an error repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +31,9 @@ class ApiConfig:
     """The name clients use."""
     context_length: int | None = None
     """Tokens of prompt and answer together at most; None is what the model was made for."""
+    policy: ApiPolicy = field(default_factory=ApiPolicy)
+    keys: tuple[Key, ...] = ()
+    """The policy's keys, read where the service was started; none: everybody may ask."""
     request_ids: bool = True
     """Answer with ``x-request-id``; False behind a proxy that does (Ray Serve's), lest the header is there twice."""
 
@@ -49,6 +60,11 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time in seconds."""
 
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of single tokens."""
+        return TokenBytes(self.tokenizer)
+
     @classmethod
     def load(cls, config: ApiConfig) -> ServedModel:
         """Read the store; raise StoreError where a file is missing or says too little."""
@@ -64,6 +80,13 @@ class ServedModel:
             eos_token_ids=_eos(generation, text, tokenizer),
             defaults=_defaults(generation),
         )
+
+    def check_name(self, name: str | None) -> None:
+        """Raise a 404 where a client asks for another model; None is this one."""
+        if name is not None and name != self.name:
+            shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+            message = f"The model `{shown}` does not exist; this server has `{self.name}`."
+            raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def _read(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:

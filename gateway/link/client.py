@@ -71,6 +71,15 @@ class GatewayClient:
                 with contextlib.suppress(GatewayLostError):
                     self._send(framing.pack(Cancel(request_id=submit.request_id)))
 
+    def end_all(self, error: str, status: int) -> None:
+        """End every sequence with an error for its client."""
+        for request_id, sequence in self._sequences.items():
+            sequence.put_nowait(
+                Delta(request_id=request_id, token_ids=[], finish_reason="error", error=error, error_status=status)
+            )
+            with contextlib.suppress(GatewayLostError):
+                self._send(framing.pack(Cancel(request_id=request_id)))
+
     async def status(self) -> GatewayStatus:
         """The gateway's counters; raise GatewayLostError."""
         query_id = next(self._query_ids)

@@ -40,6 +40,7 @@ class GatewayPool:
         self._listed: Sequence[str] = ()
         self._refreshed = -_REFRESH_S
         self._failure = "no gateway is listed"
+        self._closing = False
         self._lock = asyncio.Lock()
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -68,6 +69,8 @@ class GatewayPool:
         deadline = time.monotonic() + patience
         pause = _FIRST_PAUSE_S
         while True:
+            if self._closing:
+                raise GatewayLostError("The server is shutting down.")
             if (client := self._choose()) is not None:
                 self._refresh_beside()
                 return client
@@ -85,12 +88,15 @@ class GatewayPool:
         Raise GatewayLostError when no gateway comes back within the patience, or none stands the sequence.
         """
         emitted = list(submit.emitted)
+        ends = None if submit.deadline_s is None else time.monotonic() + submit.deadline_s
         attempts = losses = 0
         while True:
             attempts += 1
             # A fresh id: the gateway may not have noticed yet that the connection before this one is gone.
             attempt = msgspec.structs.replace(submit, request_id=f"{submit.request_id}~{attempts}", emitted=emitted)
             client = await self.client()
+            if ends is not None:
+                attempt = msgspec.structs.replace(attempt, deadline_s=ends - time.monotonic())
             try:
                 async with aclosing(client.generate(attempt)) as deltas:
                     async for delta in deltas:
@@ -103,6 +109,12 @@ class GatewayPool:
                 if losses == _LOSSES:
                     raise GatewayLostError(f"The request was given up: {losses} gateways were lost. {error}") from error
                 log.warning("%s Request %s moves on with %d tokens.", error, submit.request_id, len(emitted))
+
+    def cut(self) -> None:
+        """End every sequence, running or looking for a gateway, with an error; none starts any more."""
+        self._closing = True
+        for client in self._clients.values():
+            client.end_all("The server is shutting down. The request can be sent again.", 503)
 
     async def status(self) -> list[GatewayStatus]:
         """Every connected gateway's counters; raise GatewayLostError where there is none at once."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from gateway.link import GatewayClient, GatewayPool, GatewayServer
-from gateway.messages import Delta, GatewayStatus, SamplingParams, Submit
+from gateway.messages import Delta, GatewayStatus, Logprobs, SamplingParams, Submit
 
 SECRET = b"a secret of the cluster"
 MODEL = "0123456789abcdef"
@@ -32,6 +33,7 @@ class FakeEngine:
         self.cancelled = 0
         self.finished = 0
         self.fails: Exception | None = None
+        self.cached_tokens = 0
         self._permits = threading.Semaphore(0) if paced else None
         self._changed = threading.Condition()
 
@@ -46,6 +48,9 @@ class FakeEngine:
             self.running[submit.request_id] = (submit, len(submit.emitted))
             self.submitted.append(submit)
             self._changed.notify_all()
+
+    def prepare(self, submit: Submit) -> None:
+        """Nothing takes time here."""
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
@@ -94,12 +99,32 @@ class FakeEngine:
         token = self.reply(submit.prompt_token_ids, position)
         position += 1
         self.running[request_id] = (submit, position)
-        stopped = token in submit.params.stop_token_ids and position >= submit.params.min_tokens
+        stopped = token in submit.params.stop_token_ids and position > submit.params.min_tokens
         reason = "stop" if stopped else "length" if position == submit.params.max_tokens else None
         if reason:
             del self.running[request_id]
             self.finished += 1
-        return Delta(request_id=request_id, token_ids=[token], finish_reason=reason, stop_token=stopped)
+        cached = self.cached_tokens if position == 1 else 0
+        params = submit.params
+        told = position == 1 and params.prompt_logprobs is not None
+        return Delta(
+            request_id=request_id,
+            token_ids=[token],
+            finish_reason=reason,
+            stop_token=stopped,
+            cached_tokens=cached,
+            logprobs=None if params.logprobs is None else scores([token], params.logprobs),
+            prompt_logprobs=scores(submit.prompt_token_ids[1:], params.prompt_logprobs or 0) if told else None,
+        )
+
+
+def scores(tokens: list[int], best: int) -> Logprobs:
+    """-t/1000 for token ``t``; the likeliest are 10, 11, 12..., at -0.5, -1.5, -2.5..."""
+    return Logprobs(
+        array("f", [-token / 1000 for token in tokens]).tobytes(),
+        array("i", [10 + i for _ in tokens for i in range(best)]).tobytes(),
+        array("f", [-0.5 - i for _ in tokens for i in range(best)]).tobytes(),
+    )
 
 
 @asynccontextmanager
@@ -112,7 +137,9 @@ async def serve(engine: FakeEngine, tcp_host: str | None = None) -> AsyncIterato
             engine.stop_pacing()
 
 
-def submit(request_id: str = "r", prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 5, **params: int) -> Submit:
+def submit(
+    request_id: str = "r", prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 5, **params: int | str
+) -> Submit:
     sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
     return Submit(request_id=request_id, prompt_token_ids=list(prompt), params=sampling)
 

@@ -5,13 +5,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from experts.store import ExpertStore
+from gateway.batch import Batch
 from gateway.engine import Engine, EngineSettings, RequestError
-from gateway.messages import Delta, SamplingParams, Submit
+from gateway.messages import Delta, SamplingParams, Submit, Timings
 from gateway.model import ModelError, load_model
+from gateway.sampler import INVALID
 from tests.gateway.inline_model import (
     InlineFamily,
     answer_all,
@@ -56,6 +59,13 @@ def engine(family: InlineFamily) -> Engine:
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k is -1"),
         ({"min_tokens": -1}, "min_tokens is -1"),
+        ({"min_p": 1.5}, "min_p is 1.5; it must be from 0 to 1"),
+        ({"presence_penalty": float("nan")}, "presence_penalty is nan"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty is inf"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be above 0"),
+        ({"logit_bias": {128: 1.0}}, "logit_bias has token id 128"),
+        ({"logit_bias": {1: float("-inf")}}, "it must be finite numbers"),
+        ({"logprobs": -1}, "logprobs is -1"),
     ],
 )
 def test_requests_that_can_never_run_are_refused(engine: Engine, changes: dict[str, Any], sentence: str) -> None:
@@ -83,6 +93,20 @@ def test_a_request_larger_than_the_cache_is_refused(family: InlineFamily) -> Non
     assert answer_all(engine, [PROMPT], max_tokens=4) == [family.generate(PROMPT, 4)]
 
 
+def test_an_answer_that_may_be_as_long_as_fits_is_cut_to_the_cache(family: InlineFamily) -> None:
+    block_bytes = 4 * 4 * sum(shape.numbers for shape in family.model.kv_shapes.values())
+    engine = family.engine(kv_cache_gib=3.5 * block_bytes / 2**30)  # 12 tokens; the last one is never computed
+    for emitted in ([], family.generate(PROMPT, 2)):
+        request = submit("r", PROMPT, max_tokens=200, emitted=emitted)
+        engine.add(msgspec.structs.replace(request, cap_max_tokens=True))
+        *_, last = deltas = [delta for _ in range(4 - len(emitted)) for delta in engine.step()]
+        assert [*emitted, *(token for delta in deltas for token in delta.token_ids)] == family.generate(PROMPT, 4)
+        assert last.finish_reason == "length"
+    assert engine.pool.used == 0
+    with pytest.raises(RequestError, match="does not fit a cache of 12 tokens"):
+        engine.add(msgspec.structs.replace(submit("r", [5] * 13, max_tokens=9), cap_max_tokens=True))
+
+
 def test_a_name_is_taken_until_its_request_ends(engine: Engine) -> None:
     engine.add(submit("r", PROMPT))
     with pytest.raises(RequestError, match="Request r is already running"):
@@ -95,11 +119,9 @@ def test_a_name_is_taken_until_its_request_ends(engine: Engine) -> None:
 def test_each_step_says_what_it_added(engine: Engine, family: InlineFamily) -> None:
     whole = family.generate(PROMPT, 3)
     engine.add(submit("r", PROMPT, max_tokens=3))
-    assert [engine.step() for _ in range(3)] == [
-        [Delta(request_id="r", token_ids=[whole[0]])],
-        [Delta(request_id="r", token_ids=[whole[1]])],
-        [Delta(request_id="r", token_ids=[whole[2]], finish_reason="length")],
-    ]
+    *deltas, last = [delta for _ in range(3) for delta in engine.step()]
+    assert deltas == [Delta(request_id="r", token_ids=[whole[0]]), Delta(request_id="r", token_ids=[whole[1]])]
+    assert last == Delta(request_id="r", token_ids=[whole[2]], finish_reason="length", timings=last.timings)
     assert not engine.has_work
     assert engine.step() == []
 
@@ -126,6 +148,62 @@ def test_min_tokens_puts_the_stop_off(engine: Engine, family: InlineFamily) -> N
     stop = family.generate(PROMPT, 1)[0]
     [text] = answer_all(engine, [PROMPT], stop_token_ids=(stop,), min_tokens=6, max_tokens=20)
     assert stop not in text[:6]
+
+
+def test_a_request_with_everything_at_once_moves_and_goes_on_alike(engine: Engine) -> None:
+    wishes: dict[str, Any] = {
+        "temperature": 1.1, "top_p": 0.9, "min_p": 0.02, "seed": 4, "presence_penalty": 0.7, "frequency_penalty": 0.4,
+        "repetition_penalty": 1.2, "logit_bias": {5: 2.0}, "min_tokens": 9, "stop_token_ids": (7, 8), "max_tokens": 24,
+    }  # fmt: skip
+    [whole] = answer_all(engine, [PROMPT], **wishes)
+    for moved in range(1, len(whole)):
+        engine.add(submit("moved", PROMPT, emitted=whole[:moved], **wishes))
+        engine.add(submit("other", PROMPT[:4], temperature=1.0))
+        assert drain(engine)["moved"] == whole[moved:]
+
+
+def scores_of(family: InlineFamily, tokens: list[int]) -> torch.Tensor:
+    """transformers' log-probabilities [tokens - 1, vocabulary] of what follows each token."""
+    with torch.no_grad():
+        logits: torch.Tensor = family.reference(torch.tensor([tokens])).logits
+    return logits[0, :-1].log_softmax(-1)
+
+
+def test_tokens_and_prompts_are_scored_as_transformers_scores_them(family: InlineFamily) -> None:
+    """In chunks, in a batch, and preempted on the way."""
+    block_bytes = 4 * 4 * sum(shape.numbers for shape in family.model.kv_shapes.values())
+    engine = family.engine(kv_cache_gib=20.5 * block_bytes / 2**30, token_budget=16, max_sequences=4)
+    asked = prompts(30, 1, 17, 2)
+    for name, prompt in enumerate(asked):
+        wishes: dict[str, Any] = {"logprobs": name, "prompt_logprobs": name, "frequency_penalty": 1.0}
+        engine.add(submit(str(name), prompt, max_tokens=20, **wishes if name != 2 else {}))
+    deltas: list[Delta] = []
+    while engine.has_work:
+        deltas += engine.step()
+    assert engine.scheduler.preemptions
+    for name, prompt in enumerate(asked):
+        mine = [delta for delta in deltas if delta.request_id == str(name)]
+        told = [delta.prompt_logprobs for delta in mine if delta.prompt_logprobs is not None]
+        if name == 2:
+            assert not told
+            assert not any(delta.logprobs for delta in mine)
+            continue
+        assert told == [mine[0].prompt_logprobs]
+        rows = told[0].rows() + [row for delta in mine if delta.logprobs for row in delta.logprobs.rows()]
+        tokens = prompt + [token for delta in mine for token in delta.token_ids]
+        reference = scores_of(family, tokens)
+        assert len(rows) == len(reference)
+        for (own, best), scores, token in zip(rows, reference, tokens[1:], strict=True):
+            assert own == pytest.approx(float(scores[token]), abs=2e-4)
+            top = scores.topk(name) if name else None
+            assert [value for _, value in best] == pytest.approx(top.values.tolist() if top else [], abs=2e-4)
+
+
+def test_a_moved_request_is_not_told_its_prompt_again(engine: Engine) -> None:
+    engine.add(submit("r", PROMPT, emitted=[5], prompt_logprobs=1, logprobs=1))
+    [first] = engine.step()
+    assert first.prompt_logprobs is None
+    assert first.logprobs is not None
 
 
 def test_gauges_tell_who_runs_and_waits_and_return_to_zero(engine: Engine) -> None:
@@ -179,6 +257,116 @@ def test_requests_without_a_seed_get_one_each(family: InlineFamily) -> None:
     assert seeded == second
 
 
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def timed_engine(family: InlineFamily, clock: Clock, **settings: Any) -> Engine:
+    return Engine(family.model, EngineSettings(kv_cache_gib=0.001, block_size=4, **settings), clock=clock)
+
+
+def test_the_last_delta_tells_how_long_the_parts_took(family: InlineFamily) -> None:
+    clock = Clock()
+    engine = timed_engine(family, clock, token_budget=4, max_sequences=1)
+    engine.add(submit("before", PROMPT[:2], max_tokens=1))
+    engine.add(submit("r", [5] * 8, max_tokens=3))
+    timings = []
+    while engine.has_work:
+        clock.now += 1
+        timings += [delta.timings for delta in engine.step()]
+    assert timings == [Timings(queue_s=1), None, None, Timings(queue_s=2, prefill_s=1, decode_s=2)]
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_is_not_computed_again(family: InlineFamily) -> None:
+    engine = family.engine(token_budget=64, max_sequences=4)
+    begin = prompts(17, seed=7)[0]
+    rows: list[int] = []
+    forward = family.model.forward
+
+    def counted(batch: Batch) -> torch.Tensor:
+        rows.append(len(batch.token_ids))
+        return forward(batch)
+
+    asked = [begin, [*begin, 3, 4, 5], [*begin[:9], 6, 7], [9, *begin]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family.model, "forward", counted)
+        for number, prompt in enumerate(asked):
+            engine.add(submit(str(number), prompt, max_tokens=4))
+            first, *rest = [delta for _ in range(4) for delta in engine.step()]
+            assert first.cached_tokens == (0, 16, 8, 0)[number]
+            assert [first.token_ids[0], *(delta.token_ids[0] for delta in rest)] == family.generate(prompt, 4)
+            assert not any(delta.cached_tokens for delta in rest)
+    assert rows == [17, 1, 1, 1, 4, 1, 1, 1, 3, 1, 1, 1, 18, 1, 1, 1]
+    assert (engine.scheduler.prefix_queries, engine.scheduler.prefix_hits) == (66, 24)
+    assert (engine.pool.used, engine.pool.cached > 0) == (0, True)
+
+
+def test_prefix_caching_can_be_switched_off(family: InlineFamily) -> None:
+    engine = family.engine(prefix_caching=False)
+    assert answer_all(engine, [PROMPT]) == answer_all(engine, [PROMPT])
+    assert (engine.scheduler.prefix_queries, engine.pool.cached) == (0, 0)
+
+
+def test_a_full_queue_refuses_with_the_time_it_will_take(family: InlineFamily) -> None:
+    clock = Clock()
+    engine = timed_engine(family, clock, max_sequences=2, max_waiting=2, token_budget=16)
+    for name in "abcd":
+        engine.add(submit(name, PROMPT, max_tokens=2))
+    engine.add(submit("refused", PROMPT))
+    engine.add(submit("moved", PROMPT, emitted=[7], max_tokens=3))  # its client has half an answer: let in
+    refused, *_ = engine.step()
+    assert (refused.request_id, refused.finish_reason, refused.error_status) == ("refused", "error", 429)
+    assert refused.error == "The server is busy: 4 requests are waiting, and no more are taken. Please retry later."
+    assert refused.retry_after_s == 2.0  # four, two at a time, of a second each as long as nothing is known
+
+
+def test_the_time_a_queue_takes_goes_by_what_requests_took_lately(family: InlineFamily) -> None:
+    clock = Clock()
+    engine = timed_engine(family, clock, max_sequences=2, max_waiting=6)
+    refusals = []
+    for number in range(40):
+        for copy in range(9):
+            engine.add(submit(f"{number}.{copy}", PROMPT, max_tokens=3))
+        while engine.has_work:
+            refusals += [delta.retry_after_s for delta in engine.step() if delta.error_status == 429]
+            clock.now += 2
+    assert refusals[0] == 4.0
+    assert refusals[-1] == pytest.approx(8 * 4 / 2, rel=0.02)  # eight wait, two run, for two steps of two seconds
+
+
+def test_deadlines_end_who_waits_and_who_runs(family: InlineFamily) -> None:
+    clock = Clock()
+    engine = timed_engine(family, clock, max_sequences=2)
+    for name, deadline_s in (("runs", 5.0), ("stays", None), ("waits", 3.0), ("late", -1.0)):
+        engine.add(msgspec.structs.replace(submit(name, PROMPT, max_tokens=8), deadline_s=deadline_s))
+    ended: dict[str, Delta] = {}
+    for _ in range(7):
+        ended |= {delta.request_id: delta for delta in engine.step() if delta.finish_reason}
+        clock.now += 1
+    assert {name: (delta.error, delta.error_status) for name, delta in ended.items()} == {
+        "late": ("The request's deadline passed while it waited in the queue.", 504),
+        "waits": ("The request's deadline passed while it waited in the queue.", 504),
+        "runs": ("The request's deadline passed while it was being answered.", 504),
+    }
+    assert ended["runs"].timings == Timings(decode_s=5)
+    assert ended["waits"].timings == Timings(queue_s=3)
+    drain(engine)
+    assert (engine.pool.used, engine.running, engine.waiting) == (0, 0, 0)
+
+
+def test_the_more_urgent_starts_first(family: InlineFamily) -> None:
+    engine = family.engine(max_sequences=1)
+    for name, priority in (("usual", 0), ("urgent", -1)):
+        engine.add(msgspec.structs.replace(submit(name, PROMPT, max_tokens=1), priority=priority))
+    assert list(drain(engine)) == ["urgent", "usual"]
+
+
 class FailingExperts:
     """Experts that break when told to."""
 
@@ -190,6 +378,8 @@ class FailingExperts:
         if layer == 2 and self.fault == "raise":
             raise ConnectionError("all replicas are gone")
         out = self._experts(layer, hidden, index, weights)
+        if self.fault == "nan in the first row":
+            out[0] = float("nan")
         return torch.full_like(out, float("nan")) if self.fault == "nan" else out
 
 
@@ -213,6 +403,59 @@ def test_a_failed_step_ends_its_requests_with_one_sentence_and_no_others(family:
     # The others get the blocks that the failed ones have left, and, being of unlike length, read slots not yet theirs.
     assert drain(engine) == {"c": family.generate(PROMPT, 32), "d": family.generate(longer, 32)}
     assert engine.pool.used == 0
+
+
+@pytest.mark.parametrize("fault", ["raise", "nan"])
+def test_a_failed_step_leaves_nothing_for_others_to_find(family: InlineFamily, fault: str) -> None:
+    experts = FailingExperts(family.store)
+    engine = Engine(
+        load_model(family.store, experts=experts),
+        EngineSettings(kv_cache_gib=0.001, block_size=4, token_budget=8, max_sequences=2),
+    )
+    longer = prompts(27, seed=5)[0]
+    engine.add(submit("a", longer))
+    assert [engine.step() for _ in range(3)] == [[]] * 3
+    experts.fault = fault
+    assert set(failures(engine.step())) == {"a"}
+    experts.fault = None
+    assert answer_all(engine, [longer]) == [family.generate(longer, 32)]
+    assert engine.pool.used == 0
+
+
+def test_whoever_shares_blocks_with_a_failed_request_goes_on(family: InlineFamily) -> None:
+    experts = FailingExperts(family.store)
+    engine = Engine(
+        load_model(family.store, experts=experts),
+        EngineSettings(kv_cache_gib=0.001, block_size=4, token_budget=64, max_sequences=4),
+    )
+    begin = prompts(17, seed=7)[0]
+    answer_all(engine, [begin], max_tokens=1)
+    asked = {"a": [*begin, 3], "b": [*begin, 8, 9]}
+    for name, prompt in asked.items():
+        engine.add(submit(name, prompt))
+    said = {delta.request_id: delta.token_ids for delta in engine.step()}
+    assert engine.pool.used == 4 + 1 + 1  # the beginning once
+    experts.fault = "nan in the first row"
+    deltas = engine.step()
+    experts.fault = None
+    (failed,) = failures(deltas)
+    (other,) = {"a", "b"} - {failed}
+    said[other] += next(delta.token_ids for delta in deltas if delta.request_id == other)
+    engine.add(submit("c", asked[failed]))
+    rest = drain(engine)
+    assert said[other] + rest[other] == family.generate(asked[other], 32)
+    assert rest["c"] == family.generate(asked[failed], 32)
+    assert engine.pool.used == 0
+
+
+def test_a_request_that_leaves_itself_no_token_costs_nobody_the_cache(engine: Engine) -> None:
+    answer_all(engine, [PROMPT], max_tokens=1)
+    engine.add(submit("never", PROMPT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gateway.engine.sample", lambda logits, sequences: [INVALID] * len(sequences))
+        assert set(failures(engine.step())) == {"never"}
+    engine.add(submit("r", PROMPT, max_tokens=1))
+    assert [delta.cached_tokens for delta in engine.step()] == [8]
 
 
 def test_settings_that_cannot_work_are_refused(family: InlineFamily) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from contextlib import aclosing
 from functools import partial
 
+import msgspec
 import pytest
 
 from experts.wire import sockets
@@ -94,6 +95,25 @@ class TestPool:
                 assert delta.finish_reason == "length"
         assert tokens == expected((1, 2, 3), 5)
         assert second.submitted[0].emitted == tokens[:2]
+
+    async def test_a_deadline_goes_on_at_the_next_gateway(self) -> None:
+        first, second = FakeEngine(paced=True), FakeEngine()
+        listed: list[str] = []
+
+        async def addresses() -> list[str]:
+            return listed
+
+        async with serve(first) as doomed, serve(second) as spare, Relay(doomed.addresses[0]) as relay:
+            listed.append(relay.address)
+            request = msgspec.structs.replace(submit(), deadline_s=50.0)
+            async with GatewayPool(addresses, SECRET, MODEL) as pool, aclosing(pool.generate(request)) as deltas:
+                first.allow(1)
+                await anext(deltas)
+                listed[:] = spare.addresses
+                relay.slam()
+                assert [delta async for delta in deltas][-1].finish_reason == "length"
+        left = [request.deadline_s or 0.0 for request in (*first.submitted, *second.submitted)]
+        assert 50 > left[0] > left[1] > 0
 
     @pytest.mark.parametrize("cut", [130, 160, 200, 300, 500, 900])
     async def test_wherever_the_connection_breaks_no_token_is_lost_or_doubled(self, cut: int) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
+import msgspec
 from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gateway.api.app import create_app
+from gateway.api.limits import Limits
+from gateway.api.listener import listening
 from gateway.api.served_model import ApiConfig
 from gateway.link import GatewayPool
+from placement.policy import ApiPolicy
 from tests.gateway.fake_engine import MODEL, SECRET, FakeEngine, Reply, serve
 
 NAME = "tiny/model"
@@ -97,8 +100,17 @@ class Api:
         return await self.post("/v1/chat/completions", **{"model": NAME, "messages": messages, **body})
 
 
+async def until_running(engine: FakeEngine, count: int) -> None:
+    """Let a paced engine step until it runs so many sequences: it takes new ones only between steps."""
+    while len(engine.running) < count:
+        engine.allow(1)
+        await asyncio.sleep(0.01)
+
+
 @asynccontextmanager
-async def served(store: Path, engine: FakeEngine, **config: Any) -> AsyncIterator[tuple[FastAPI, GatewayPool]]:
+async def served(
+    store: Path, engine: FakeEngine, limits: Limits | None = None, **config: Any
+) -> AsyncIterator[tuple[FastAPI, GatewayPool]]:
     """The application with `engine` behind a gateway server on a real socket."""
     async with serve(engine) as gateway:
 
@@ -106,10 +118,13 @@ async def served(store: Path, engine: FakeEngine, **config: Any) -> AsyncIterato
             return gateway.addresses
 
         async def status() -> dict[str, Any]:
-            return {"units": [], "gateways": [{"running": len(engine.running)}]}
+            answers = await pool.status()
+            calls = {"inline": 3, "replica": 4}
+            unit = {"unit": "expert-0", "planned": 2, "ready": 1, "replicas": [], "calls": calls}
+            return {"model": NAME, "units": [unit], "gateways": [msgspec.to_builtins(answer) for answer in answers]}
 
         async with GatewayPool(addresses, SECRET, MODEL, patience_s=0.2) as pool:
-            yield create_app(ApiConfig(store=store, model_name=NAME, **config), pool, status), pool
+            yield create_app(ApiConfig(store=store, model_name=NAME, **config), pool, status, limits), pool
 
 
 @asynccontextmanager
@@ -123,28 +138,29 @@ async def api_of(store: Path, engine: FakeEngine | None = None, **config: Any) -
 
 @contextmanager
 def http_server(store: Path, engine: FakeEngine, **config: Any) -> Iterator[str]:
-    """The URL of the application under uvicorn, in a thread of its own."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    servers: list[uvicorn.Server] = []
-    ready = threading.Event()
+    """The URL of the application on a port of its own, in a thread of its own; it ends as it does under Serve."""
+    config.setdefault("policy", ApiPolicy(drain_s=1))
+    stop = asyncio.Event()
+    started: Future[tuple[asyncio.AbstractEventLoop, int]] = Future()
 
     async def main() -> None:
-        async with served(store, engine, **config) as (app, _):
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-            servers.append(server)
-            ready.set()
-            await server.serve(sockets=[listener])
+        async with (
+            served(store, engine, **config) as (app, _),
+            listening(app, "127.0.0.1", 0) as port,
+            app.router.lifespan_context(app),
+        ):
+            started.set_result((asyncio.get_running_loop(), port))
+            await stop.wait()
 
     thread = threading.Thread(target=asyncio.run, args=(main(),))
     thread.start()
-    assert ready.wait(20)
+    loop, port = started.result(20)
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"http://127.0.0.1:{port}"
     finally:
         engine.stop_pacing()
-        servers[0].should_exit = True
+        loop.call_soon_threadsafe(stop.set)
         thread.join()
-        listener.close()
 
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ async def test_the_answer_is_the_models_text_with_its_usage(api: Api, store: Pat
         "prompt_tokens": prompt,
         "completion_tokens": tokens,
         "total_tokens": prompt + tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -214,3 +215,17 @@ class TestUsageInStreams:
         counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
         assert counts == sorted(counts)
         assert counts[0] < counts[-1]
+
+
+class TestCachedTokens:
+    async def test_are_told_as_a_detail_of_the_prompt(self, api: Api) -> None:
+        api.engine.cached_tokens = 2
+        usage = (await api.completion(prompt=[7, 8, 9])).json()["usage"]
+        assert (usage["prompt_tokens"], usage["prompt_tokens_details"]) == (3, {"cached_tokens": 2})
+        chunks = events_of(await api.completion(prompt=[7, 8, 9], stream=True, stream_options={"include_usage": True}))
+        assert chunks[-1]["usage"] == usage
+
+    async def test_count_once_for_each_prompt(self, api: Api) -> None:
+        api.engine.cached_tokens = 2
+        usage = (await api.completion(prompt=[[7, 8, 9], [4, 5, 6]], n=3)).json()["usage"]
+        assert (usage["prompt_tokens"], usage["prompt_tokens_details"]) == (6, {"cached_tokens": 4})
