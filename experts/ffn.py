@@ -5,7 +5,7 @@ a hundred megabytes. Gates that only the family knows (interleaved, clamped) and
 family's own experts module, built on the meta device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,21 +13,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from experts.manifest import SliceForm
-from experts.packed import PackedMatrix, packable
+from experts.matrix import PackedMatrix, PlainMatrix, packable
 from experts.store import ExpertStore
 
 _ACTIVATIONS = {"silu": F.silu}
 
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+Matrix = PlainMatrix | PackedMatrix
 
 
 @dataclass(frozen=True)
 class SliceWeights:
     """The two products of one slice, rows `[T, in]` to `[T, out]`; `up` is gate and up projection together if gated."""
 
-    up: Product
-    down: Product
+    up: Matrix
+    down: Matrix
 
     @classmethod
     def of(cls, params: dict[str, torch.Tensor], form: SliceForm, *, packed: bool) -> "SliceWeights":
@@ -146,12 +146,14 @@ class ExpertFFN:
         return layers
 
 
-def _product(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, packed: bool) -> Product:
+def _product(
+    weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, packed: bool
+) -> PlainMatrix | PackedMatrix:
     """The product with `weight`, `[out, in]` or, `transposed`, `[in, out]`."""
     plain = weight.t() if transposed else weight
     if packed and packable(plain):
         return PackedMatrix(plain.contiguous(), bias)
-    return lambda rows: F.linear(rows, plain, bias)
+    return PlainMatrix(plain, bias)
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -171,7 +171,7 @@ def package(layer: nn.Module, pattern: CallPattern, file: Path) -> None:
     tensors = [
         _grown(pattern.leaves[i], growing, 8) for i, growing in zip(pattern.tensors, pattern.growing, strict=True)
     ]
-    shapes = [{d: torch.export.Dim.DYNAMIC for d in growing} or None for growing in pattern.growing]
+    shapes = [dict.fromkeys(growing, torch.export.Dim.DYNAMIC) or None for growing in pattern.growing]
     with torch.no_grad():
         program = torch.export.export(
             _Traceable(layer, pattern), (*tensors, torch.tensor(0)), dynamic_shapes=((*shapes, None),)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from experts.packed import PackedMatrix, packable
+from experts.matrix import PackedMatrix, packable
 from gateway import layer_ops
 
 

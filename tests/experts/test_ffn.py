@@ -19,6 +19,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, 
 from experts import families
 from experts.ffn import ExpertFFN
 from experts.manifest import SliceForm
+from experts.matrix import PlainMatrix
 from experts.store import ExpertStore, StoreError, prepare
 from tests.checkpoints import FAMILIES, VOCABULARY, write_checkpoint
 
@@ -190,7 +191,8 @@ def test_loaded_weights_are_pages_of_the_file_and_not_copies(mixtral: ExpertStor
     ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if file in line]
     for weights in ffn._slices[1].values():
         for matrix in (weights.up, weights.down):
-            assert any(int(start, 16) <= matrix.data_ptr() < int(end, 16) for start, end in ranges)
+            assert isinstance(matrix, PlainMatrix)
+            assert any(int(start, 16) <= matrix.weight.data_ptr() < int(end, 16) for start, end in ranges)
 
 
 def test_bfloat16_rows_stay_close_to_transformers(tmp_path: Path) -> None:
@@ -234,6 +236,7 @@ def test_a_common_slice_does_without_transformers(mixtral: ExpertStore) -> None:
 import sys, pathlib, torch
 from experts.store import ExpertStore
 from experts.ffn import ExpertFFN
+from experts.matrix import PlainMatrix
 ExpertFFN(ExpertStore.open(pathlib.Path({str(mixtral.path)!r})))(0, 1, torch.ones(1, 32))
 sys.exit("transformers" in sys.modules)
 """

@@ -1,4 +1,4 @@
-"""Matrices laid out once for the kernel that multiplies with them.
+"""The products with fixed weights that a gateway and its replicas consist of: plain, or packed.
 
 On a CPU oneDNN reads weights blocked by its own vector width: multiplying few rows by a packed matrix runs at the
 speed of memory, about twice as fast as by a plain one. The packed copy is memory of this process alone.
@@ -10,22 +10,31 @@ from torch.nn import functional as F
 _PACKABLE = (torch.bfloat16, torch.float32)
 
 
-class PackedMatrix:
-    """`rows @ weight.T + bias` for a fixed `weight [out, in]` and `bias [out]` or None."""
+class PlainMatrix:
+    """`rows @ weight.T + bias` for `weight [out, in]` as it lies in memory, and `bias [out]` or None."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Copy `weight` into the kernel's layout; where no such layout exists it is used as it is."""
+        self.weight = weight
         self.out_features = weight.shape[0]
-        self.packed = packable(weight)
         self._bias = bias
-        self._weight: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows `[..., in]` to `[..., out]`."""
-        if self.packed:
-            result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
-            return result
-        return F.linear(rows, self._weight, self._bias)
+        return F.linear(rows, self.weight, self._bias)
+
+
+class PackedMatrix:
+    """The same with a copy of the weights in the kernel's own layout; only for what is `packable`."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.out_features = weight.shape[0]
+        self._bias = bias
+        self._weight: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `[..., in]` to `[..., out]`."""
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+        return result
 
 
 def packable(weight: torch.Tensor) -> bool:
