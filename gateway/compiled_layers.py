@@ -190,8 +190,8 @@ def package(layer: nn.Module, pattern: CallPattern, file: Path) -> None:
 def _grown(tensor: torch.Tensor, growing: tuple[int, ...], rows: int) -> torch.Tensor:
     """A tensor like one that was seen, with `rows` rows."""
     shape = [rows if d in growing else size for d, size in enumerate(tensor.shape)]
-    if tensor.dtype.is_floating_point:
-        return torch.randn(shape).to(tensor.dtype)
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        return torch.randn(shape, dtype=torch.cfloat if tensor.is_complex() else None).to(tensor.dtype)
     return torch.arange(rows, dtype=tensor.dtype).expand(shape).clone()
 
 
