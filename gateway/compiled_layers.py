@@ -20,7 +20,7 @@ import transformers
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from gateway import layer_ops
+from gateway import layer_ops, native_code
 from gateway.masks import MaskRule
 from gateway.packed_linear import number_products
 
@@ -70,7 +70,7 @@ class CallPattern:
         return read
 
 
-def patterns(layers: list[nn.Module], run: Callable[[int], object]) -> list[CallPattern]:
+def patterns(layers: list[nn.Module], run: Callable[[int], object]) -> list[CallPattern | UncompilableError]:
     """Watch two forwards, of 2 and of 3 rows (`run` takes their number), and note how each layer is called."""
     seen: list[list[tuple[list[Any], Any, Any]]] = [[] for _ in layers]
 
@@ -84,7 +84,16 @@ def patterns(layers: list[nn.Module], run: Callable[[int], object]) -> list[Call
     finally:
         for hook in hooks:
             hook.remove()
-    return [_pattern(*calls) for calls in seen]
+    return [_pattern_or_reason(calls) for calls in seen]
+
+
+def _pattern_or_reason(calls: list[tuple[list[Any], Any, Any]]) -> CallPattern | UncompilableError:
+    try:
+        if len(calls) != 2:
+            raise UncompilableError("the model does not call each of its layers once")
+        return _pattern(*calls)
+    except UncompilableError as reason:
+        return reason
 
 
 def _pattern(two: tuple[list[Any], Any, Any], three: tuple[list[Any], Any, Any]) -> CallPattern:
@@ -147,7 +156,7 @@ class _Traceable(nn.Module):
 
 def signature(layer: nn.Module, pattern: CallPattern) -> str:
     """Names what a compiled layer depends on: equal for layers that can share one."""
-    parts: list[Any] = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
+    parts: list[Any] = [native_code.made_for(), transformers.__version__]
     parts += [_sources(), pattern.spec, pattern.growing, pattern.tuple_out]
     parts += [leaf if isinstance(leaf, _SCALARS) else type(leaf).__name__ for leaf in pattern.leaves]
     for name, module in layer.named_modules():
@@ -181,8 +190,13 @@ def package(layer: nn.Module, pattern: CallPattern, file: Path) -> None:
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(aside),
-            # One thread: what is left between the products is small, and waking a second thread costs more than it is.
-            inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.threads": 1},
+            inductor_configs={
+                "aot_inductor.package_constants_in_so": False,
+                # Small ones are written into the code otherwise, and other layers have others.
+                "always_keep_tensor_constants": True,
+                # One: what is left between the products is small, and waking a second thread costs more than it is.
+                "cpp.threads": 1,
+            },
         )
     aside.replace(file)
 
