@@ -175,20 +175,25 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def package(layer: nn.Module, pattern: CallPattern, file: Path) -> None:
-    """Compile `layer` into `file`, whole or not at all; takes ten seconds of a core."""
+def export(layer: nn.Module, pattern: CallPattern) -> torch.export.ExportedProgram:
+    """The layer as a program for any number of rows: the pattern's tensors and the layer's number to its rows."""
     number_products(layer)
     tensors = [
         _grown(pattern.leaves[i], growing, 8) for i, growing in zip(pattern.tensors, pattern.growing, strict=True)
     ]
     shapes = [dict.fromkeys(growing, torch.export.Dim.DYNAMIC) or None for growing in pattern.growing]
     with torch.no_grad():
-        program = torch.export.export(
+        return torch.export.export(
             _Traceable(layer, pattern), (*tensors, torch.tensor(0)), dynamic_shapes=((*shapes, None),)
         )
-        aside = file.with_name(f"{file.stem}.{os.getpid()}.pt2")
+
+
+def package(layer: nn.Module, pattern: CallPattern, file: Path) -> None:
+    """Compile `layer` into `file`, whole or not at all; takes ten seconds of a core."""
+    aside = file.with_name(f"{file.stem}.{os.getpid()}.pt2")
+    with torch.no_grad():
         torch._inductor.aoti_compile_and_package(
-            program,
+            export(layer, pattern),
             package_path=str(aside),
             inductor_configs={
                 "aot_inductor.package_constants_in_so": False,
