@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,16 +69,14 @@ def adopt(model: GatewayModel, folder: Path) -> int:
             continue
         layer.forward = compiled  # type: ignore[method-assign,assignment]
         adopted += 1
+    model.compiled = adopted
     return adopted
 
 
 def _packages(model: GatewayModel, folder: Path) -> list[tuple[CallPattern, Path]]:
-    """For each layer how it is called, and the file of its compiled form."""
+    """For each layer how it is called, and the folder of its compiled form."""
     called = patterns(model.layers, lambda rows: model.rehearse(rows, Echo(), Echo.experts))
-    return [
-        (pattern, folder / f"{signature(layer, pattern)}.pt2")
-        for layer, pattern in zip(model.layers, called, strict=True)
-    ]
+    return [(pattern, folder / signature(layer, pattern)) for layer, pattern in zip(model.layers, called, strict=True)]
 
 
 def _check(model: GatewayModel, index: int, compiled: CompiledLayer, pattern: CallPattern) -> None:
@@ -91,11 +90,12 @@ def _check(model: GatewayModel, index: int, compiled: CompiledLayer, pattern: Ca
 
 
 class Compilation:
-    """The process that compiles, at the lowest priority; `done` once it has ended. Stopped with `close`."""
+    """The process that compiles, at the lowest priority. Stopped with `close`."""
 
-    def __init__(self, store: Path, folder: Path) -> None:
-        self.folder = folder
-        self.done = threading.Event()
+    def __init__(self, store: Path, folder: Path, done: Callable[[], None]) -> None:
+        """`done` is called, in a thread of its own, when there is something to adopt."""
+        self._done = done
+        self._folder = folder
         self._command = [sys.executable, "-m", "gateway.compilation", str(store), str(folder)]
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
@@ -121,13 +121,14 @@ class Compilation:
                 return
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                start_new_session=True,
+                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(self._folder / "build")}, start_new_session=True,
             )  # fmt: skip
         _, said = self._process.communicate()
         if self._process.returncode and not self._closed:
             reason = said.decode(errors="replace").strip().splitlines()
             log.warning("decoder layers are not compiled: %s", reason[-1] if reason else "the compiler was killed")
-        self.done.set()
+        if not self._closed:
+            self._done()
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,8 +166,8 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def package(layer: nn.Module, pattern: CallPattern, file: Path) -> None:
-    """Compile `layer` into `file`, whole or not at all; takes ten seconds of a core."""
+def package(layer: nn.Module, pattern: CallPattern, folder: Path) -> None:
+    """Compile `layer` into `folder`, whole or not at all; takes ten seconds of a core."""
     number_products(layer)
     tensors = [
         _grown(pattern.leaves[i], growing, 8) for i, growing in zip(pattern.tensors, pattern.growing, strict=True)
@@ -176,14 +177,18 @@ def package(layer: nn.Module, pattern: CallPattern, file: Path) -> None:
         program = torch.export.export(
             _Traceable(layer, pattern), (*tensors, torch.tensor(0)), dynamic_shapes=((*shapes, None),)
         )
-        aside = file.with_name(f"{file.stem}.{os.getpid()}.pt2")
-        torch._inductor.aoti_compile_and_package(
-            program,
-            package_path=str(aside),
-            # One thread: what is left between the products is small, and waking a second thread costs more than it is.
-            inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.threads": 1},
-        )
-    aside.replace(file)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            archive = f"{aside}/layer.pt2"
+            torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=archive,
+                # One thread: what is left between the products is small, and waking another costs more than it is.
+                inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.threads": 1},
+            )
+            # Unpacked once: packed, it would be unpacked by every process that loads it, for each of its layers.
+            with zipfile.ZipFile(archive) as packed:
+                packed.extractall(f"{aside}/unpacked")
+            next(Path(aside, "unpacked").iterdir()).rename(folder)
 
 
 def _grown(tensor: torch.Tensor, growing: tuple[int, ...], rows: int) -> torch.Tensor:
@@ -197,18 +202,18 @@ def _grown(tensor: torch.Tensor, growing: tuple[int, ...], rows: int) -> torch.T
 class CompiledLayer:
     """Takes the place of a layer's forward."""
 
-    def __init__(self, layer: nn.Module, index: int, pattern: CallPattern, file: Path, note: NoteRule) -> None:
-        """Load `file` with the layer's own weights; raise UncompilableError where they do not go together."""
-        runner = torch._inductor.aoti_load_package(str(file))
+    def __init__(self, layer: nn.Module, index: int, pattern: CallPattern, folder: Path, note: NoteRule) -> None:
+        """Load `folder` with the layer's own weights; raise UncompilableError where they do not go together."""
+        runner = torch._C._aoti.AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
         held = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
         names = {name: name.removeprefix("layer.") for name in runner.get_constant_fqns()}
         unknown = [name for name, own in names.items() if own not in held]
         if unknown:
             raise UncompilableError(f"it has a constant of its own ({unknown[0]})")
         self._weights = {name: held[own].detach() for name, own in names.items()}
-        runner.load_constants(self._weights, check_full_update=True, user_managed=True)
+        runner.load_constants(self._weights, False, True, True)
         self._runner = runner
-        self._run = runner.loader.run
+        self._run = runner.run
         self._tuple_out = pattern.tuple_out
         self._tensors = [pattern.reader(leaf) for leaf in pattern.tensors]
         self._rule = None if pattern.rule is None else pattern.reader(pattern.rule)
