@@ -1,6 +1,6 @@
 """Compiling a model's decoder layers beside the gateway that serves it, and taking them over when they are there.
 
-python -m gateway.compilation STORE FOLDER THREADS      compiles what FOLDER does not have yet
+python -m gateway.compilation STORE FOLDER      compiles what FOLDER does not have yet
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Echo:
         return (hidden.float() * (weights.float() * (index + 1)).sum(-1, keepdim=True)).to(hidden.dtype)
 
 
-def adopt(model: GatewayModel, folder: Path, threads: int) -> int:
+def adopt(model: GatewayModel, folder: Path) -> int:
     """Let `model` run what `folder` has of its layers from now on; how many they are. Between two steps only."""
     adopted = 0
-    for index, (pattern, file) in enumerate(_packages(model, folder, threads)):
+    for index, (pattern, file) in enumerate(_packages(model, folder)):
         if not file.exists():
             continue
         layer = model.layers[index]
@@ -70,11 +70,11 @@ def adopt(model: GatewayModel, folder: Path, threads: int) -> int:
     return adopted
 
 
-def _packages(model: GatewayModel, folder: Path, threads: int) -> list[tuple[CallPattern, Path]]:
+def _packages(model: GatewayModel, folder: Path) -> list[tuple[CallPattern, Path]]:
     """For each layer how it is called, and the file of its compiled form."""
     called = patterns(model.layers, lambda rows: model.rehearse(rows, Echo(), Echo.experts))
     return [
-        (pattern, folder / f"{signature(layer, pattern, threads)}.pt2")
+        (pattern, folder / f"{signature(layer, pattern)}.pt2")
         for layer, pattern in zip(model.layers, called, strict=True)
     ]
 
@@ -92,10 +92,10 @@ def _check(model: GatewayModel, index: int, compiled: CompiledLayer, pattern: Ca
 class Compilation:
     """The process that compiles, at the lowest priority; `done` once it has ended. Stopped with `close`."""
 
-    def __init__(self, store: Path, folder: Path, threads: int) -> None:
+    def __init__(self, store: Path, folder: Path) -> None:
         self.folder = folder
         self.done = threading.Event()
-        self._command = [sys.executable, "-m", "gateway.compilation", str(store), str(folder), str(threads)]
+        self._command = [sys.executable, "-m", "gateway.compilation", str(store), str(folder)]
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -131,13 +131,13 @@ class Compilation:
 
 def main() -> None:
     """Compile, for each kind of layer, what the folder does not have yet."""
-    store, folder, threads = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    store, folder = Path(sys.argv[1]), Path(sys.argv[2])
     os.nice(_LOWEST_PRIORITY)
     ctypes.CDLL(None).prctl(_TERMINATED_WITH_PARENT, signal.SIGKILL)
-    torch.set_num_threads(threads)  # compiled code is cut for so many
+    torch.set_num_threads(1)
     model = load_model(ExpertStore.open(store), experts=Echo.experts)
     folder.mkdir(parents=True, exist_ok=True)
-    for layer, (pattern, file) in zip(model.layers, _packages(model, folder, threads), strict=True):
+    for layer, (pattern, file) in zip(model.layers, _packages(model, folder), strict=True):
         if not file.exists():
             package(layer, pattern, file)
 

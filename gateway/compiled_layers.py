@@ -54,12 +54,19 @@ class CallPattern:
     tuple_out: bool
     """The layer returns a tuple of one tensor instead of the tensor."""
 
-    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The leaves of a call."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self.spec:
-            raise UncompilableError("the model calls its layers in different ways")
-        return leaves
+    def reader(self, leaf: int) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+        """What finds a leaf among the arguments of a call."""
+        numbered = pytree.tree_unflatten(range(len(self.leaves)), self.spec)
+        path = next(path for path, number in pytree.tree_leaves_with_path(numbered) if number == leaf)
+        (side, key, *rest) = [getattr(step, "key", getattr(step, "idx", None)) for step in path]
+
+        def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            found = kwargs[key] if side else args[key]
+            for step in rest:
+                found = found[step]
+            return found
+
+        return read
 
 
 def patterns(layers: list[nn.Module], run: Callable[[int], object]) -> list[CallPattern]:
@@ -137,9 +144,9 @@ class _Traceable(nn.Module):
         return result
 
 
-def signature(layer: nn.Module, pattern: CallPattern, threads: int) -> str:
+def signature(layer: nn.Module, pattern: CallPattern) -> str:
     """Names what a compiled layer depends on: equal for layers that can share one."""
-    parts: list[Any] = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability(), threads]
+    parts: list[Any] = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
     parts += [_sources(), pattern.spec, pattern.growing, pattern.tuple_out]
     parts += [leaf if isinstance(leaf, _SCALARS) else type(leaf).__name__ for leaf in pattern.leaves]
     for name, module in layer.named_modules():
@@ -173,7 +180,8 @@ def package(layer: nn.Module, pattern: CallPattern, file: Path) -> None:
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(aside),
-            inductor_configs={"aot_inductor.package_constants_in_so": False},
+            # One thread: what is left between the products is small, and waking a second thread costs more than it is.
+            inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.threads": 1},
         )
     aside.replace(file)
 
@@ -201,18 +209,19 @@ class CompiledLayer:
         runner.load_constants(self._weights, check_full_update=True, user_managed=True)
         self._runner = runner
         self._run = runner.loader.run
-        self._pattern = pattern
+        self._tuple_out = pattern.tuple_out
+        self._tensors = [pattern.reader(leaf) for leaf in pattern.tensors]
+        self._rule = None if pattern.rule is None else pattern.reader(pattern.rule)
         self._index = index
         self._layer = torch.tensor(index)
         self._note = note
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, by compiled code."""
-        leaves = self._pattern.of(args, kwargs)
-        if self._pattern.rule is not None:
-            self._note(self._index, leaves[self._pattern.rule])
-        out = self._run([*[leaves[i] for i in self._pattern.tensors], self._layer])[0]
-        return (out,) if self._pattern.tuple_out else out
+        if self._rule is not None:
+            self._note(self._index, self._rule(args, kwargs))
+        out = self._run([*[read(args, kwargs) for read in self._tensors], self._layer])[0]
+        return (out,) if self._tuple_out else out
 
 
 NoteRule = Callable[[int, MaskRule], None]
