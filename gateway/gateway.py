@@ -18,6 +18,7 @@ from experts.wire.sockets import host_id
 from gateway.dispatch import Dispatcher
 from gateway.engine import Engine, EngineSettings
 from gateway.fleet import DispatchTable, Fleet
+from gateway.grammar import Grammars
 from gateway.link.server import GatewayServer
 from gateway.messages import GatewayStatus
 from gateway.model import load_model
@@ -63,7 +64,8 @@ class Gateway:
         secret, fingerprint = self._directory.secret(), self._store.manifest.fingerprint
         self._dispatcher = self._connect(secret)
         model = load_model(self._store, device=_device(self._policy.gateway.device), experts=self._dispatcher)
-        self._engine = Engine(model, _settings(self._policy.gateway))
+        grammars = Grammars(self._store.path, model.vocab_size)
+        self._engine = Engine(model, _settings(self._policy.gateway), grammars=grammars)
         self._server = await self._exits.enter_async_context(
             GatewayServer(
                 self._engine,

@@ -23,11 +23,14 @@ class LatentHeads:
     def __init__(self, module: nn.Module) -> None:
         self._rank: int = module.kv_lora_rank  # type: ignore[assignment]
         self._nope: int = module.qk_nope_head_dim  # type: ignore[assignment]
-        weight: torch.Tensor = module.kv_b_proj.weight  # type: ignore[union-attr,assignment]
-        heads = weight.view(cast(int, module.num_heads), -1, self._rank)
-        self._up_keys = heads[:, : self._nope]  # [H, nope, rank]
-        self._up_values = heads[:, self._nope :].transpose(1, 2)  # [H, rank, v_head_dim]
+        self._module = module
         module.expand_kv = lambda latent, rotary: (latent, rotary)  # type: ignore[assignment]
+
+    @property
+    def _heads(self) -> torch.Tensor:
+        """[H, nope + v_head_dim, rank]; read from the module, which may be traced with others in place of its own."""
+        weight: torch.Tensor = self._module.kv_b_proj.weight  # type: ignore[union-attr,assignment]
+        return weight.view(cast(int, self._module.num_heads), -1, self._rank)
 
     @staticmethod
     def found_in(module: nn.Module) -> bool:
@@ -38,9 +41,11 @@ class LatentHeads:
     def absorb(self, query: torch.Tensor) -> torch.Tensor:
         """Queries [H, T, nope + rope] to queries of latents [H, T, rank + rope]."""
         plain, rotary = query[..., : self._nope], query[..., self._nope :]
-        return torch.cat((plain @ self._up_keys, rotary), dim=-1)
+        up_keys = self._heads[:, : self._nope]  # [H, nope, rank]
+        return torch.cat((plain @ up_keys, rotary), dim=-1)
 
     def expand(self, mixed: torch.Tensor) -> torch.Tensor:
         """Mixed keys [T, H, rank + rope], of which the latents are the values, to head outputs [T, H, v_head_dim]."""
-        values: torch.Tensor = mixed[..., : self._rank].transpose(0, 1) @ self._up_values
+        up_values = self._heads[:, self._nope :].transpose(1, 2)  # [H, rank, v_head_dim]
+        values: torch.Tensor = mixed[..., : self._rank].transpose(0, 1) @ up_values
         return values.transpose(0, 1)

@@ -5,10 +5,13 @@ Everything on that connection is one of these structs, encoded with MessagePack 
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
+
 import msgspec
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the next tokens of one sequence are chosen."""
 
     max_tokens: int
@@ -23,10 +26,60 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the sequence (finish reason ``stop``); the stopping token itself is emitted."""
     min_tokens: int = 0
-    """No stop token is sampled before this many tokens."""
+    """No stop token is sampled before this many tokens: the first possible one is the token after them."""
+    min_p: float = 0.0
+    """Only tokens at least this probable, relative to the best one; 0 keeps every token."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token generated so far (OpenAI's definition)."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time it was generated (OpenAI's definition)."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or answer (CTRL, arXiv 1909.05858)."""
+    logit_bias: dict[int, float] | None = None
+    """Token id -> what is added to its logit."""
+    logprobs: int | None = None
+    """Tell the log-probability of each token and of this many best alternatives; None tells nothing."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, all but the first."""
+    grammar: str | None = None
+    """The text keeps to this grammar, in llguidance's serialised form (see `gateway.grammar`)."""
 
 
-class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of N consecutive tokens, each with its K best alternatives; little-endian arrays.
+
+    They are the model's own: before temperature, penalties and whatever else changes the choice.
+    """
+
+    chosen: bytes
+    """float32 [N]: of the tokens themselves"""
+    best_ids: bytes = b""
+    """int32 [N, K]: the most likely tokens, in falling order"""
+    best: bytes = b""
+    """float32 [N, K]: theirs"""
+
+    def rows(self) -> list[tuple[float, list[tuple[int, float]]]]:
+        """For each token its own log-probability, and its best alternatives as (token id, log-probability)."""
+        chosen, ids, best = array("f", self.chosen), array("i", self.best_ids), array("f", self.best)
+        width = len(ids) // (len(chosen) or 1)
+        pairs = list(zip(ids, best, strict=True))
+        return [(own, pairs[i * width : (i + 1) * width]) for i, own in enumerate(chosen)]
+
+    def split(self) -> list[Logprobs]:
+        """One for each token."""
+        count = len(self.chosen) // 4
+        width = len(self.best) // (count or 1)
+        cut = [slice(i * width, (i + 1) * width) for i in range(count)]
+        return [Logprobs(self.chosen[4 * i : 4 * i + 4], self.best_ids[at], self.best[at]) for i, at in enumerate(cut)]
+
+    @classmethod
+    def join(cls, parts: Iterable[Logprobs]) -> Logprobs:
+        """The tokens of `parts`, all of one width, in order."""
+        chosen, ids, best = zip(*((part.chosen, part.best_ids, part.best) for part in parts), strict=True)
+        return cls(b"".join(chosen), b"".join(ids), b"".join(best))
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Start a sequence; ``emitted`` are tokens a client already has (after the loss of a gateway).
 
     They count towards ``max_tokens`` and ``min_tokens`` and as positions of seeded sampling; no delta repeats them.
@@ -40,6 +93,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Lower ones are served first."""
     deadline_s: float | None = None
     """Seconds after which it is given up, running or waiting."""
+    cap_max_tokens: bool = False
+    """``max_tokens`` is only an upper bound: the engine lowers it to what its cache holds, and refuses nothing."""
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -76,6 +131,10 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """In a sequence's first delta with a token: prompt tokens whose keys and values were cached already."""
     timings: Timings | None = None
     """In the last delta of a sequence that the engine took in."""
+    logprobs: Logprobs | None = None
+    """Of `token_ids`, where they were asked for."""
+    prompt_logprobs: Logprobs | None = None
+    """Of the prompt's tokens from the second on; with a sequence's first token, where they were asked for."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):

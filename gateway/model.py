@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -19,16 +19,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from experts.families import moe_modules
 from experts.store import ExpertStore
+from gateway import layer_ops
 from gateway.attention import Attending, ShapeProbe, paged_attention
 from gateway.batch import Batch
 from gateway.kv_cache import LayerShape
 from gateway.latent import LatentHeads
+from gateway.layer_calls import ExpertsFunction, LayerCalls
 from gateway.masks import mask_rule
 from gateway.packed_linear import pack_linears
 from gateway.rope import LengthRope, UnsupportedRopeError, length_rope
-
-ExpertsFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, hidden [T, H], top_k_index [T, K], top_k_weights [T, K]) to the weighted sum of the experts' rows [T, H]"""
 
 _NAME = "evermoe"
 
@@ -65,9 +64,14 @@ class GatewayModel:
         self.vocab_size: int = config.vocab_size  # type: ignore[assignment,union-attr]
         self.context_length: int = config.max_position_embeddings  # type: ignore[assignment,union-attr]
         self.rope = _rope(network)
+        for layer, module in layers.items():
+            module.layer, module.answer = layer, self._answer  # type: ignore[assignment]
+        self.calls = LayerCalls([], experts)
         self.kv_shapes: dict[int, LayerShape] = {}
-        pack_linears(network, lambda: self.kv_shapes.update(self._probe(layers)))
-        _answer(layers, experts)
+        pack_linears(network, lambda: self.kv_shapes.update(self._probe()))
+        self.layers = decoder_layers(network)
+        """In order; empty where they can't be told apart."""
+        self.calls = LayerCalls(self.layers, experts)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute the batch's rows, cache their keys and values; logits [batch.sample_rows, vocabulary]."""
@@ -79,28 +83,59 @@ class GatewayModel:
     def _run(
         self, token_ids: torch.Tensor, positions: torch.Tensor, sample_rows: torch.Tensor, attention: Attending
     ) -> torch.Tensor:
-        output = self.network(
-            input_ids=token_ids[None],
-            position_ids=positions[None],
-            past_key_values=_NoCache(),
-            use_cache=True,
-            output_router_logits=False,
-            logits_to_keep=sample_rows,
-            attention_step=attention,
-        )
+        self.calls.step = attention
+        with layer_ops.answering(self.calls):
+            output = self.network(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                past_key_values=_NoCache(),
+                use_cache=True,
+                output_router_logits=False,
+                logits_to_keep=sample_rows,
+                attention_step=attention,
+            )
         return cast(torch.Tensor, output.logits[0])
 
-    def _probe(self, layers: dict[int, nn.Module]) -> dict[int, LayerShape]:
-        """Run one row without experts and see what each layer would cache; this also proves that the registry works."""
-        _answer(layers, lambda layer, hidden, index, weights: torch.zeros_like(hidden))
-        probe = ShapeProbe()
-        row = torch.zeros(1, dtype=torch.long, device=self.device)
+    def rehearse(self, rows: int, attention: Attending, experts: ExpertsFunction) -> None:
+        """Run `rows` rows of nothing through the layers, with stand-ins for attention and experts."""
+        positions = torch.arange(rows, device=self.device)
         if self.rope is not None:
-            self.rope.lengths = [1]
-        self._run(row, row, row, probe)
+            self.rope.lengths = [rows] * rows
+        self.calls.answer, served = experts, self.calls.answer
+        try:
+            self._run(torch.zeros_like(positions), positions, positions[-1:], attention)
+        finally:
+            self.calls.answer = served
+
+    def _answer(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        return self.calls.experts(layer, hidden, top_k_index, top_k_weights)
+
+    def _probe(self) -> dict[int, LayerShape]:
+        """See what each layer would cache; this also proves that the registries work."""
+        probe = ShapeProbe()
+        self.rehearse(1, probe, lambda layer, hidden, index, weights: torch.zeros_like(hidden))
         if not probe.shapes:
             raise ModelError(f"{type(self.network).__name__} does not call transformers' attention interface")
         return dict(sorted(probe.shapes.items()))
+
+
+def decoder_layers(network: nn.Module) -> list[nn.Module]:
+    """The network's stack of layers with attention, in the order of their numbers; empty where it has none."""
+    for module in network.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and all(map(_attends, module)):
+            return list(module) if all(_numbers(layer) == {index} for index, layer in enumerate(module)) else []
+    return []
+
+
+def _attends(module: nn.Module) -> bool:
+    return any(hasattr(m, "layer_idx") for m in module.modules())
+
+
+def _numbers(layer: nn.Module) -> set[Any]:
+    """The numbers by which attention and experts of a layer know it."""
+    return {vars(m)[name] for m in layer.modules() for name in ("layer_idx", "layer") if name in vars(m)}
 
 
 class _NoCache:
@@ -126,6 +161,9 @@ class _NoCache:
 def _ask_experts(
     module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
+    traced = layer_ops.traced_layer()
+    if traced is not None:
+        return layer_ops.traced_experts(hidden, top_k_index, top_k_weights, traced)
     return cast(torch.Tensor, module.answer(module.layer, hidden, top_k_index, top_k_weights))
 
 
@@ -133,11 +171,6 @@ def _ask_experts(
 ALL_EXPERTS_FUNCTIONS.register(_NAME, _ask_experts)
 ALL_ATTENTION_FUNCTIONS.register(_NAME, paged_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, mask_rule)
-
-
-def _answer(layers: dict[int, nn.Module], experts: ExpertsFunction) -> None:
-    for layer, module in layers.items():
-        module.layer, module.answer = layer, experts  # type: ignore[assignment]
 
 
 def _skeleton(config: Any, dtype: torch.dtype) -> nn.Module:

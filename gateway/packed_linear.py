@@ -13,21 +13,41 @@ import torch
 from torch import nn
 
 from experts.packed import PackedMatrix, packable
+from gateway import layer_ops
+
+
+class LayerProduct:
+    """A packed matrix; while its layer is traced, the operator that stands for it."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        self._matrix = matrix
+        self.slot = 0
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `[..., in]` to `[..., out]`."""
+        layer = layer_ops.traced_layer()
+        if layer is None:
+            return self._matrix(rows)
+        return layer_ops.traced_linear(rows, layer, self.slot, self._matrix.out_features)
 
 
 class PackedLinear(nn.Module):
     """In place of an `nn.Linear`: rows `[..., in]` to `[..., out]`, alone or as one of a `SharedInput`'s."""
 
-    def __init__(self, linear: nn.Linear, product: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, linear: nn.Linear, whole: LayerProduct, product: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
+        """`whole` is the product, of which `product` gives this linear's part."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # Modeling code may look at these (their dtype, mostly); memory-mapped, they take no memory.
         self.weight, self.bias = linear.weight, linear.bias
-        self.product = product
+        self.whole = whole
+        self._product = product or whole
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Multiply."""
-        return self.product(rows)
+        return self._product(rows)
 
 
 class SharedInput:
@@ -37,7 +57,7 @@ class SharedInput:
         bias = None
         if any(linear.bias is not None for linear in linears):
             bias = torch.cat([_bias(linear) for linear in linears])
-        self._matrix = PackedMatrix(torch.cat([linear.weight for linear in linears]), bias)
+        self.whole = LayerProduct(PackedMatrix(torch.cat([linear.weight for linear in linears]), bias))
         self._sizes = [linear.out_features for linear in linears]
         self._rows: torch.Tensor | None = None
         self._parts: tuple[torch.Tensor, ...] = ()
@@ -47,7 +67,7 @@ class SharedInput:
 
         def product(rows: torch.Tensor) -> torch.Tensor:
             if rows is not self._rows:
-                self._rows, self._parts = rows, self._matrix(rows).split(self._sizes, dim=-1)
+                self._rows, self._parts = rows, self.whole(rows).split(self._sizes, dim=-1)
             part = self._parts[index]
             if index == len(self._sizes) - 1:
                 self._rows, self._parts = None, ()
@@ -63,11 +83,20 @@ def pack_linears(network: nn.Module, run: Callable[[], object]) -> None:
     for names in _sharing(linears, run):
         group = [linears[name] for name in names]
         if len(group) == 1:
-            _replace(network, names[0], PackedLinear(group[0], PackedMatrix(group[0].weight, group[0].bias)))
+            product = LayerProduct(PackedMatrix(group[0].weight, group[0].bias))
+            _replace(network, names[0], PackedLinear(group[0], product))
             continue
         shared = SharedInput(group)
         for index, name in enumerate(names):
-            _replace(network, name, PackedLinear(group[index], shared.part(index)))
+            _replace(network, name, PackedLinear(group[index], shared.whole, shared.part(index)))
+
+
+def number_products(layer: nn.Module) -> list[LayerProduct]:
+    """The products of a decoder layer, in order, each told its place."""
+    products = list(dict.fromkeys(m.whole for m in layer.modules() if isinstance(m, PackedLinear)))
+    for slot, product in enumerate(products):
+        product.slot = slot
+    return products
 
 
 def _sharing(linears: dict[str, nn.Linear], run: Callable[[], object]) -> Iterable[list[str]]:

@@ -193,7 +193,7 @@ class Scheduler:
         return self.pool.find(islice(sequence.keys, blocks))
 
     def _reuses(self, sequence: Sequence) -> bool:
-        return self.prefix_caching and sequence.reuses
+        return self.prefix_caching and not sequence.wants_prompt_logprobs
 
     def _worth_starting(self, sequence: Sequence, found: list[int]) -> bool:
         """All known tokens must fit, with a block to spare for each running sequence: few starts end in preemption."""

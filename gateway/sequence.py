@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from gateway.messages import SamplingParams, Timings
+from gateway.sampling_state import SamplingState
 
 
 @dataclass(eq=False, slots=True)
@@ -25,8 +26,6 @@ class Sequence:
     """Lower ones first."""
     deadline: float = math.inf
     """When it is given up."""
-    reuses: bool = True
-    """Whether it may start behind what others have computed; False for one that wants something of every row."""
     submitted_at: float = 0.0
     started_at: float | None = None
     """When it first got a place in the batch."""
@@ -46,6 +45,10 @@ class Sequence:
     """Prompt tokens it found computed when it started."""
     suspect: bool = False
     """It was in a step that went wrong: what its blocks hold is for nobody else."""
+    sampling: SamplingState = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampling = SamplingState(self.params, self.prompt_length, self.generated)
 
     @property
     def generated(self) -> int:
@@ -56,6 +59,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens still to be computed; 1 for a sequence that only decodes."""
         return len(self.tokens) - self.computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the prompt's rows must be computed for their logits' sake, cached or not."""
+        return self.sampling.prompt_logprobs is not None
 
     @property
     def length_limit(self) -> int:

@@ -15,7 +15,7 @@ from gateway.api.errors import ApiError
 from gateway.api.event_stream import DONE, event
 from gateway.api.job import Job
 from gateway.api.responses import PromptTokensDetails, Usage
-from gateway.api.text import Piece
+from gateway.api.text import Piece, ScoredToken
 from gateway.link import GatewayLostError
 from gateway.messages import Delta, Submit
 
@@ -38,7 +38,7 @@ class Format(Protocol):
     def last_chunk(self, usage: Usage) -> bytes:
         """The chunk without choices that ends a stream with its usage."""
 
-    def whole(self, texts: list[str], reasons: list[str], usage: Usage) -> BaseModel:
+    def whole(self, texts: list[str], reasons: list[str], scored: list[list[ScoredToken]], usage: Usage) -> BaseModel:
         """The answer in one."""
 
 
@@ -46,12 +46,14 @@ async def collect(job: Job, pool: Source, form: Format) -> BaseModel:
     """The whole answer; raise ApiError."""
     texts, reasons = [""] * job.choices, [""] * job.choices
     tokens, cached = [0] * job.choices, [0] * job.choices
+    scored: list[list[ScoredToken]] = [[] for _ in range(job.choices)]
     async with aclosing(_pieces(job, pool)) as pieces:
         async for choice, piece in pieces:
             texts[choice] += piece.text
             reasons[choice] = piece.finish_reason or ""
             tokens[choice], cached[choice] = piece.tokens, piece.cached_tokens
-    return form.whole(texts, reasons, _usage(job, tokens, cached))
+            scored[choice] += piece.scored
+    return form.whole(texts, reasons, scored, _usage(job, tokens, cached))
 
 
 async def events(job: Job, pool: Source, form: Format) -> AsyncGenerator[bytes, None]:
@@ -100,14 +102,14 @@ def _pieces(job: Job, pool: Source) -> AsyncGenerator[tuple[int, Piece], None]:
 
 async def _sequence(job: Job, pool: Source, choice: int) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of one choice, the last with a finish reason; raise ApiError."""
-    text = job.text()
+    text = job.text(choice)
     try:
         async with aclosing(pool.generate(job.submit(choice))) as deltas:
             async for delta in deltas:
                 if delta.finish_reason == "error":
                     raise errors.from_gateway(delta.error_status, delta.error, delta.retry_after_s)
                 piece = text.push(delta)
-                if piece.text or piece.finish_reason:
+                if piece.text or piece.finish_reason or piece.scored:
                     yield choice, piece
                 if piece.finish_reason:
                     return

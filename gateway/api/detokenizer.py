@@ -40,6 +40,11 @@ class Detokenizer:
             self._window.pop()  # a special token: the window needs it no more than the text does
         return piece
 
+    @property
+    def holding(self) -> bool:
+        """Whether the last token's text, or a part of it, is still held back."""
+        return len(self._window) > self._context
+
     def finish(self) -> str:
         """What was held back: nothing follows it."""
         return self._decode(self._window)[self._given :]

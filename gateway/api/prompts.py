@@ -35,6 +35,15 @@ async def of_completion(body: CompletionRequest, model: ServedModel) -> list[lis
     return await _beside_the_loop(ids, sum(map(len, prompts)))
 
 
+def texts(body: CompletionRequest, ids: list[list[int]], model: ServedModel, *, skip_special: bool) -> list[str]:
+    """The prompts of a completion request, tokenized to `ids`, as text."""
+    given = zip(_one_form(body.prompt), ids, strict=True)
+    return [
+        prompt if isinstance(prompt, str) else model.tokenizer.decode(tokens, skip_special=skip_special)
+        for prompt, tokens in given
+    ]
+
+
 async def of_chat(body: ChatRequest, model: ServedModel, *, special: bool = False) -> list[int]:
     """The conversation through the model's chat template, which frames it unless `special`; raise ApiError."""
     text = _render(body, model)

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidatorFunc
 
 MAX_SEQUENCES = 2048
 """Sequences of one request (prompts x n) at most."""
+MAX_LOGPROBS = 20
 _INT64 = 1 << 63
 
 
@@ -25,6 +26,8 @@ def _or(expected: str) -> WrapValidator:
 
 Name = Annotated[str, Field(min_length=1)]
 Tokens = list[int]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 StopString = Annotated[str, Field(min_length=1)]
 
 
@@ -41,6 +44,22 @@ class StreamOptions(Body):
     """A last chunk with the usage, and ``usage: null`` in those before."""
     continuous_usage_stats: bool | None = None
     """The usage so far in every chunk."""
+
+
+class JsonSchema(Body):
+    """What ``json_schema`` of a response format holds."""
+
+    name: Name
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+    """False: what can't be enforced of the schema is left out of account, otherwise it is refused."""
+
+
+class ResponseFormat(Body):
+    """What the answer is to look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class SamplingRequest(Body):
@@ -64,6 +83,13 @@ class SamplingRequest(Body):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    logit_bias: dict[str, Bias] | None = None
+    """Token id -> what is added to its logit."""
+    response_format: ResponseFormat | None = None
     skip_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     """Lower goes first; default 0."""
@@ -80,6 +106,14 @@ class CompletionRequest(SamplingRequest):
     ]
     add_special_tokens: bool | None = None
     """Frame text prompts as the model expects a text (BOS, say); default true."""
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """0 is for `echo` alone: nothing is generated."""
+    echo: bool | None = None
+    """Begin the answer with the prompt."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """So many of the likeliest tokens in the place of each one, and that one's own log-probability."""
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    """Only what `n` is: every answer made is given."""
 
 
 class TextPart(Body):
@@ -110,6 +144,8 @@ class ChatRequest(SamplingRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """OpenAI's newer name of ``max_tokens``; it counts where both are given."""
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
     reasoning_effort: str | None = None
     """Passed on to templates that know it."""

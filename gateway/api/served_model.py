@@ -6,12 +6,14 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from experts.errors import StoreError
 from gateway.api.errors import ApiError
 from gateway.api.keys import Key
+from gateway.api.token_bytes import TokenBytes
 from gateway.api.tokenizer import Tokenizer
 from placement.policy import ApiPolicy
 
@@ -57,6 +59,11 @@ class ServedModel:
     defaults: SamplingDefaults = SamplingDefaults()
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time in seconds."""
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of single tokens."""
+        return TokenBytes(self.tokenizer)
 
     @classmethod
     def load(cls, config: ApiConfig) -> ServedModel:

@@ -60,6 +60,15 @@ class Tokenizer:
         """The text of `ids`; special tokens are left out with `skip_special`, ids without a token always."""
         return str(self._backend.decode(ids, skip_special_tokens=skip_special))
 
+    @property
+    def size(self) -> int:
+        """Tokens there are, added ones included."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def serialised(self) -> str:
+        """The whole tokenizer as a ``tokenizer.json`` holds it."""
+        return str(self._backend.to_str())
+
     def token(self, id: int) -> str:
         """How the vocabulary writes a token; empty for an id without one."""
         return str(self._backend.id_to_token(id) or "")

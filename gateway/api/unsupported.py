@@ -9,24 +9,16 @@ from gateway.api.errors import invalid
 
 _NOTHING: tuple[Any, ...] = (None, [], {}, "")
 _NO = (None, False)
-_ZERO = (None, 0, 0.0)
 _ONE = (None, 1, 1.0)
 
 _BOTH: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": _ZERO,
-    "frequency_penalty": _ZERO,
-    "repetition_penalty": _ONE,
     "length_penalty": _ONE,
-    "min_p": _ZERO,
-    "logit_bias": _NOTHING,
     "prompt_logprobs": (None,),
-    "best_of": _ONE,
     "use_beam_search": _NO,
     "include_stop_str_in_output": _NO,
     "bad_words": _NOTHING,
     "allowed_token_ids": _NOTHING,
     "truncate_prompt_tokens": (None,),
-    "response_format": (None, {"type": "text"}),
     "structured_outputs": _NOTHING,
     "guided_json": _NOTHING,
     "guided_regex": _NOTHING,
@@ -34,14 +26,12 @@ _BOTH: dict[str, tuple[Any, ...]] = {
     "guided_grammar": _NOTHING,
 }
 COMPLETION: Mapping[str, tuple[Any, ...]] = _BOTH | {
-    "logprobs": _NO,
-    "echo": _NO,
     "suffix": (None, ""),
     "prompt_embeds": (None,),
 }
 CHAT: Mapping[str, tuple[Any, ...]] = _BOTH | {
-    "logprobs": _NO,
-    "top_logprobs": (None, 0),
+    "best_of": _ONE,
+    "echo": _NO,
     "tools": _NOTHING,
     "tool_choice": (None, "none", "auto"),
     "functions": _NOTHING,

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -18,7 +19,7 @@ ENGINE_FAILED = "The gateway failed while it worked on this request. It can be s
 
 
 class Engine(Protocol):
-    """What a gateway runs (`gateway.engine.Engine`); all calls come from one thread."""
+    """What a gateway runs (`gateway.engine.Engine`); all calls but `prepare` come from one thread."""
 
     @property
     def has_work(self) -> bool:
@@ -26,6 +27,9 @@ class Engine(Protocol):
 
     def add(self, submit: Submit) -> None:
         """Take a sequence in; raise ValueError, with one sentence for the client, where it can never run."""
+
+    def prepare(self, submit: Submit) -> None:
+        """Do ahead of `add`, in any thread, what takes time; raise what `add` would raise."""
 
     def cancel(self, request_id: str) -> None:
         """Drop a sequence and free what it holds; unknown ids are ignored."""
@@ -57,6 +61,7 @@ class EngineThread(Generic[Owner]):
         self._prepare = prepare
         self._owners: dict[str, Owner] = {}
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -67,10 +72,11 @@ class EngineThread(Generic[Owner]):
         """Finish the step under way, cancel what still runs, and end the thread."""
         self._commands.put(None)
         self._thread.join()
+        self._preparing.shutdown(cancel_futures=True)
 
     def submit(self, owner: Owner, submit: Submit) -> None:
         """Start a sequence whose deltas go to `owner`."""
-        self._commands.put(partial(self._add, owner, submit))
+        self._commands.put(partial(self._take, owner, submit))
 
     def cancel(self, owner: Owner, request_id: str) -> None:
         """Stop a sequence of `owner`'s."""
@@ -126,23 +132,37 @@ class EngineThread(Generic[Owner]):
         if outputs:
             self._deliver(outputs)
 
-    def _add(self, owner: Owner, submit: Submit) -> None:
+    def _take(self, owner: Owner, submit: Submit) -> None:
+        """A grammar may take long to compile: others do not wait for it. Until then it can be cancelled already."""
+        if submit.request_id in self._owners:
+            self._refuse(owner, submit.request_id, f"The request id {submit.request_id!r} is in use.", 400)
+            return
+        self._owners[submit.request_id] = owner
+        if submit.params.grammar is None:
+            self._add(owner, submit)
+            return
+        preparing = self._preparing.submit(self._engine.prepare, submit)
+        preparing.add_done_callback(lambda done: self._commands.put(partial(self._add, owner, submit, done)))
+
+    def _add(self, owner: Owner, submit: Submit, prepared: Future[None] | None = None) -> None:
+        if self._owners.get(submit.request_id) != owner:
+            return
         try:
-            if submit.request_id in self._owners:
-                raise ValueError(f"The request id {submit.request_id!r} is in use.")
+            if prepared is not None:
+                prepared.result()
             self._engine.add(submit)
         except ValueError as error:
-            refusal, status = str(error), 400
+            self._refuse(owner, submit.request_id, str(error), 400)
         except Exception:
             log.exception("the engine failed to take request %s", submit.request_id)
-            refusal, status = ENGINE_FAILED, 500
+            self._refuse(owner, submit.request_id, ENGINE_FAILED, 500)
         else:
-            self._owners[submit.request_id] = owner
             return
-        answer = Delta(
-            request_id=submit.request_id, token_ids=[], finish_reason="error", error=refusal, error_status=status
-        )
-        self._deliver({owner: [answer]})
+        del self._owners[submit.request_id]
+
+    def _refuse(self, owner: Owner, request_id: str, error: str, status: int) -> None:
+        delta = Delta(request_id=request_id, token_ids=[], finish_reason="error", error=error, error_status=status)
+        self._deliver({owner: [delta]})
 
     def _cancel(self, owner: Owner, request_id: str) -> None:
         if self._owners.get(request_id) == owner:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from gateway.link import GatewayClient, GatewayPool, GatewayServer
-from gateway.messages import Delta, GatewayStatus, SamplingParams, Submit
+from gateway.messages import Delta, GatewayStatus, Logprobs, SamplingParams, Submit
 
 SECRET = b"a secret of the cluster"
 MODEL = "0123456789abcdef"
@@ -47,6 +48,9 @@ class FakeEngine:
             self.running[submit.request_id] = (submit, len(submit.emitted))
             self.submitted.append(submit)
             self._changed.notify_all()
+
+    def prepare(self, submit: Submit) -> None:
+        """Nothing takes time here."""
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
@@ -95,15 +99,32 @@ class FakeEngine:
         token = self.reply(submit.prompt_token_ids, position)
         position += 1
         self.running[request_id] = (submit, position)
-        stopped = token in submit.params.stop_token_ids and position >= submit.params.min_tokens
+        stopped = token in submit.params.stop_token_ids and position > submit.params.min_tokens
         reason = "stop" if stopped else "length" if position == submit.params.max_tokens else None
         if reason:
             del self.running[request_id]
             self.finished += 1
         cached = self.cached_tokens if position == 1 else 0
+        params = submit.params
+        told = position == 1 and params.prompt_logprobs is not None
         return Delta(
-            request_id=request_id, token_ids=[token], finish_reason=reason, stop_token=stopped, cached_tokens=cached
+            request_id=request_id,
+            token_ids=[token],
+            finish_reason=reason,
+            stop_token=stopped,
+            cached_tokens=cached,
+            logprobs=None if params.logprobs is None else scores([token], params.logprobs),
+            prompt_logprobs=scores(submit.prompt_token_ids[1:], params.prompt_logprobs or 0) if told else None,
         )
+
+
+def scores(tokens: list[int], best: int) -> Logprobs:
+    """-t/1000 for token ``t``; the likeliest are 10, 11, 12..., at -0.5, -1.5, -2.5..."""
+    return Logprobs(
+        array("f", [-token / 1000 for token in tokens]).tobytes(),
+        array("i", [10 + i for _ in tokens for i in range(best)]).tobytes(),
+        array("f", [-0.5 - i for _ in tokens for i in range(best)]).tobytes(),
+    )
 
 
 @asynccontextmanager
@@ -116,7 +137,9 @@ async def serve(engine: FakeEngine, tcp_host: str | None = None) -> AsyncIterato
             engine.stop_pacing()
 
 
-def submit(request_id: str = "r", prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 5, **params: int) -> Submit:
+def submit(
+    request_id: str = "r", prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 5, **params: int | str
+) -> Submit:
     sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
     return Submit(request_id=request_id, prompt_token_ids=list(prompt), params=sampling)
 

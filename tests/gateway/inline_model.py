@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from experts.ffn import ExpertFFN
 from experts.store import ExpertStore, prepare
 from gateway.engine import Engine, EngineSettings
+from gateway.layer_calls import ExpertsFunction
 from gateway.messages import Delta, SamplingParams, Submit
-from gateway.model import ExpertsFunction, GatewayModel, load_model
+from gateway.model import GatewayModel, load_model
 from tests.checkpoints import write_checkpoint
 
 

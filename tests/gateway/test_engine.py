@@ -58,6 +58,13 @@ def engine(family: InlineFamily) -> Engine:
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k is -1"),
         ({"min_tokens": -1}, "min_tokens is -1"),
+        ({"min_p": 1.5}, "min_p is 1.5; it must be from 0 to 1"),
+        ({"presence_penalty": float("nan")}, "presence_penalty is nan"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty is inf"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be above 0"),
+        ({"logit_bias": {128: 1.0}}, "logit_bias has token id 128"),
+        ({"logit_bias": {1: float("-inf")}}, "it must be finite numbers"),
+        ({"logprobs": -1}, "logprobs is -1"),
     ],
 )
 def test_requests_that_can_never_run_are_refused(engine: Engine, changes: dict[str, Any], sentence: str) -> None:
@@ -83,6 +90,20 @@ def test_a_request_larger_than_the_cache_is_refused(family: InlineFamily) -> Non
     with pytest.raises(RequestError, match=r"does not fit a cache of 12 tokens; raise gateway\.kv_cache_gib"):
         engine.add(submit("r", PROMPT, max_tokens=5))
     assert answer_all(engine, [PROMPT], max_tokens=4) == [family.generate(PROMPT, 4)]
+
+
+def test_an_answer_that_may_be_as_long_as_fits_is_cut_to_the_cache(family: InlineFamily) -> None:
+    block_bytes = 4 * 4 * sum(shape.numbers for shape in family.model.kv_shapes.values())
+    engine = family.engine(kv_cache_gib=3.5 * block_bytes / 2**30)  # 12 tokens; the last one is never computed
+    for emitted in ([], family.generate(PROMPT, 2)):
+        request = submit("r", PROMPT, max_tokens=200, emitted=emitted)
+        engine.add(msgspec.structs.replace(request, cap_max_tokens=True))
+        *_, last = deltas = [delta for _ in range(4 - len(emitted)) for delta in engine.step()]
+        assert [*emitted, *(token for delta in deltas for token in delta.token_ids)] == family.generate(PROMPT, 4)
+        assert last.finish_reason == "length"
+    assert engine.pool.used == 0
+    with pytest.raises(RequestError, match="does not fit a cache of 12 tokens"):
+        engine.add(msgspec.structs.replace(submit("r", [5] * 13, max_tokens=9), cap_max_tokens=True))
 
 
 def test_a_name_is_taken_until_its_request_ends(engine: Engine) -> None:
@@ -126,6 +147,62 @@ def test_min_tokens_puts_the_stop_off(engine: Engine, family: InlineFamily) -> N
     stop = family.generate(PROMPT, 1)[0]
     [text] = answer_all(engine, [PROMPT], stop_token_ids=(stop,), min_tokens=6, max_tokens=20)
     assert stop not in text[:6]
+
+
+def test_a_request_with_everything_at_once_moves_and_goes_on_alike(engine: Engine) -> None:
+    wishes: dict[str, Any] = {
+        "temperature": 1.1, "top_p": 0.9, "min_p": 0.02, "seed": 4, "presence_penalty": 0.7, "frequency_penalty": 0.4,
+        "repetition_penalty": 1.2, "logit_bias": {5: 2.0}, "min_tokens": 9, "stop_token_ids": (7, 8), "max_tokens": 24,
+    }  # fmt: skip
+    [whole] = answer_all(engine, [PROMPT], **wishes)
+    for moved in range(1, len(whole)):
+        engine.add(submit("moved", PROMPT, emitted=whole[:moved], **wishes))
+        engine.add(submit("other", PROMPT[:4], temperature=1.0))
+        assert drain(engine)["moved"] == whole[moved:]
+
+
+def scores_of(family: InlineFamily, tokens: list[int]) -> torch.Tensor:
+    """transformers' log-probabilities [tokens - 1, vocabulary] of what follows each token."""
+    with torch.no_grad():
+        logits: torch.Tensor = family.reference(torch.tensor([tokens])).logits
+    return logits[0, :-1].log_softmax(-1)
+
+
+def test_tokens_and_prompts_are_scored_as_transformers_scores_them(family: InlineFamily) -> None:
+    """In chunks, in a batch, and preempted on the way."""
+    block_bytes = 4 * 4 * sum(shape.numbers for shape in family.model.kv_shapes.values())
+    engine = family.engine(kv_cache_gib=20.5 * block_bytes / 2**30, token_budget=16, max_sequences=4)
+    asked = prompts(30, 1, 17, 2)
+    for name, prompt in enumerate(asked):
+        wishes: dict[str, Any] = {"logprobs": name, "prompt_logprobs": name, "frequency_penalty": 1.0}
+        engine.add(submit(str(name), prompt, max_tokens=20, **wishes if name != 2 else {}))
+    deltas: list[Delta] = []
+    while engine.has_work:
+        deltas += engine.step()
+    assert engine.scheduler.preemptions
+    for name, prompt in enumerate(asked):
+        mine = [delta for delta in deltas if delta.request_id == str(name)]
+        told = [delta.prompt_logprobs for delta in mine if delta.prompt_logprobs is not None]
+        if name == 2:
+            assert not told
+            assert not any(delta.logprobs for delta in mine)
+            continue
+        assert told == [mine[0].prompt_logprobs]
+        rows = told[0].rows() + [row for delta in mine if delta.logprobs for row in delta.logprobs.rows()]
+        tokens = prompt + [token for delta in mine for token in delta.token_ids]
+        reference = scores_of(family, tokens)
+        assert len(rows) == len(reference)
+        for (own, best), scores, token in zip(rows, reference, tokens[1:], strict=True):
+            assert own == pytest.approx(float(scores[token]), abs=2e-4)
+            top = scores.topk(name) if name else None
+            assert [value for _, value in best] == pytest.approx(top.values.tolist() if top else [], abs=2e-4)
+
+
+def test_a_moved_request_is_not_told_its_prompt_again(engine: Engine) -> None:
+    engine.add(submit("r", PROMPT, emitted=[5], prompt_logprobs=1, logprobs=1))
+    [first] = engine.step()
+    assert first.prompt_logprobs is None
+    assert first.logprobs is not None
 
 
 def test_gauges_tell_who_runs_and_waits_and_return_to_zero(engine: Engine) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
@@ -14,7 +15,7 @@ import pytest
 from experts.wire import sockets
 from experts.wire.handshake import HandshakeError
 from gateway.link import GatewayClient, GatewayLostError, GatewayServer, framing
-from gateway.messages import Delta, StepOutput
+from gateway.messages import Delta, StepOutput, Submit
 from tests.gateway.fake_engine import MODEL, SECRET, FakeEngine, expected, serve, submit, tokens_of
 
 pytestmark = pytest.mark.anyio
@@ -90,6 +91,31 @@ class TestSequences:
             assert (delta.finish_reason, delta.error_status) == ("error", 400)
             assert delta.error == "The prompt has a token that is not in the vocabulary."
             assert await tokens_of(client, submit()) == expected((1, 2, 3), 5)
+
+    async def test_what_a_request_needs_is_prepared_while_others_go_on(self) -> None:
+        """In another thread; what is cancelled meanwhile never starts, and a refusal is the client's."""
+        preparing, go_on = threading.Event(), threading.Event()
+
+        class Slow(FakeEngine):
+            def prepare(self, submit: Submit) -> None:
+                preparing.set()
+                assert go_on.wait(20)
+                if submit.params.grammar == "bad":
+                    raise ValueError("No such grammar.")
+
+        engine = Slow()
+        async with serve(engine) as server, connected(server) as client:
+            leaving = asyncio.create_task(tokens_of(client, submit("leaving", grammar="good")))
+            await asyncio.to_thread(preparing.wait, 20)
+            assert await tokens_of(client, submit("other")) == expected((1, 2, 3), 5)
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+            staying = asyncio.create_task(tokens_of(client, submit("staying", grammar="good")))
+            go_on.set()
+            assert await staying == expected((1, 2, 3), 5)
+            [refusal] = [delta async for delta in client.generate(submit("bad", grammar="bad"))]
+            assert (refusal.error, refusal.error_status) == ("No such grammar.", 400)
+        assert [request.request_id for request in engine.submitted] == ["other", "staying"]
 
     async def test_a_request_id_in_use_is_refused(self) -> None:
         async with (

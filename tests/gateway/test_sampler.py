@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.messages import SamplingParams
-from gateway.sampler import INVALID, sample, uniform
+from gateway.sampler import INVALID, _invert, sample, uniform
 from gateway.sequence import Sequence
 
 VOCABULARY = 50
@@ -68,21 +70,96 @@ def test_top_p_counts_only_what_top_k_left() -> None:
     assert draws(logits, 2000, top_k=2, top_p=0.55).gt(0).tolist() == [False, True, False, False]
 
 
+def test_min_p_is_relative_to_the_best() -> None:
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    assert draws(logits, 2000, min_p=0.6).gt(0).tolist() == [False, True, False, True]
+    assert draws(logits, 2000, min_p=0.45).gt(0).tolist() == [False, True, True, True]
+    assert draws(logits, 200, min_p=1.0).gt(0).tolist() == [False, True, False, False]
+
+
+def test_min_p_goes_by_the_tempered_distribution() -> None:
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    assert draws(logits, 2000, min_p=0.6, temperature=2.0).gt(0).tolist() == [False, True, True, True]  # sqrt(0.5)
+
+
+def test_top_p_counts_only_what_min_p_left() -> None:
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    # Of the 0.7 that 0.4 and 0.3 have, 0.4 is 0.57.
+    assert draws(logits, 2000, min_p=0.6, top_p=0.56).gt(0).tolist() == [False, True, False, False]
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    vocabulary=st.sampled_from([1, 2, 63, 64, 65, 300, 1000]),
+    spread=st.sampled_from([0.0, 0.5, 3.0, 20.0]),
+    top_k=st.sampled_from([0, 1, 5, 280, 5000]),
+    top_p=st.sampled_from([1e-6, 0.3, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.01, 0.5]),
+    temperature=st.sampled_from([0.2, 1.0, 1.9]),
+)
+def test_a_draw_is_one_of_the_tokens_that_are_kept(
+    seed: int, vocabulary: int, spread: float, top_k: int, top_p: float, min_p: float, temperature: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, vocabulary, generator=generator) * spread
+    one = sequence(seed=seed, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+    other = sequence(seed=seed, top_p=0.5)
+    for row, token in zip(logits[::2], sample(logits, [one, other, one])[::2], strict=True):
+        assert token in kept((row / temperature).softmax(-1).tolist(), top_k, top_p, min_p)
+
+
+def kept(probabilities: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:
+    """The definition, one token after the other; ties and what is within rounding of a border count as kept."""
+    order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
+    order = [i for i in order if probabilities[i] >= min_p * probabilities[order[0]] * (1 - 1e-5)]
+    order = order[: top_k or None]
+    total = sum(probabilities[i] for i in order)
+    last, mass = 0.0, 0.0
+    for i in order:
+        if mass < top_p * total * (1 + 1e-5):
+            last = probabilities[i]
+        mass += probabilities[i]
+    return {i for i, p in enumerate(probabilities) if p >= last * (1 - 1e-5) and p > 0}
+
+
+def test_an_even_distribution_over_a_large_vocabulary_is_drawn_from_everywhere() -> None:
+    tokens = sample(torch.zeros(4000, 3001), [sequence(seed=i) for i in range(4000)])
+    assert np.histogram(tokens, bins=10, range=(0, 3001))[0].min() > 300
+    wide = sample(torch.zeros(4000, 3001), [sequence(seed=i, top_p=0.9, temperature=0.5) for i in range(4000)])
+    assert np.histogram(wide, bins=10, range=(0, 3001))[0].min() > 300
+
+
+def test_no_token_of_probability_0_is_drawn() -> None:
+    logits = torch.full((1, 200), float("-inf")).repeat(2000, 1)
+    logits[:, 63] = logits[:, 64] = logits[:, 130] = 0.0
+    assert set(sample(logits, [sequence(seed=i) for i in range(2000)])) == {63, 64, 130}
+
+
+@pytest.mark.parametrize("number", [0.0, 0.25, 0.4999999999, 0.5, 0.9999999, 1 - 2**-53])
+def test_inversion_takes_the_first_token_that_exceeds_the_number(number: float) -> None:
+    weights = torch.zeros(1, 100)
+    weights[0, [7, 70, 71, 99]] = torch.tensor([0.25, 0.25, 0.25, 0.25])
+    expected = [7, 70, 71, 99][int(number * 4)]
+    assert _invert(weights * 3, torch.tensor([number], dtype=torch.float64)).tolist() == [expected]
+
+
 def test_a_tiny_temperature_is_greedy() -> None:
     logits = torch.randn(8, VOCABULARY)
     assert sample(logits, [sequence(seed=i, temperature=1e-30) for i in range(8)]) == logits.argmax(-1).tolist()
 
 
 def test_a_draw_depends_on_nothing_else_in_the_batch() -> None:
-    logits = torch.randn(5, VOCABULARY)
+    logits = torch.randn(7, VOCABULARY)
     sequences = [
         sequence(seed=11, generated=3, temperature=1.5),
         sequence(seed=12, temperature=0),
         sequence(seed=13, generated=8, temperature=1.2, top_k=20),
         sequence(seed=14, temperature=0.9, top_p=0.8),
         sequence(seed=15, min_tokens=4, stop_token_ids=(1, 2)),
+        sequence(seed=16, generated=5, frequency_penalty=1.0, repetition_penalty=1.3, logit_bias={7: 4.0}),
+        sequence(seed=17, min_p=0.2, logprobs=3),
     ]
-    alone = [sample(logits[i : i + 1], sequences[i : i + 1])[0] for i in range(5)]
+    alone = [sample(logits[i : i + 1], sequences[i : i + 1])[0] for i in range(7)]
     assert sample(logits, sequences) == alone
     assert sample(logits.flip(0), sequences[::-1]) == alone[::-1]
 

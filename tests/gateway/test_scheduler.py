@@ -200,11 +200,11 @@ def test_deadlines_come_for_who_runs_and_who_waits() -> None:
 # ---- prefixes ---------------------------------------------------------------------------------------------------
 
 
-def text(*tokens: int, name: str = "r", max_tokens: int = 1, **more: Any) -> Sequence:
-    params = SamplingParams(max_tokens=max_tokens)
-    return Sequence(
-        request_id=name, params=params, tokens=list(tokens), prompt_length=len(tokens), seed=0, **more
-    )  # fmt: skip
+def text(
+    *tokens: int, name: str = "r", max_tokens: int = 1, prompt_logprobs: int | None = None, **more: Any
+) -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)
+    return Sequence(request_id=name, params=params, tokens=list(tokens), prompt_length=len(tokens), seed=0, **more)
 
 
 def run(plan: Scheduler, one: Sequence) -> list[int]:
@@ -280,8 +280,8 @@ def test_an_unsound_step_leaves_nothing_to_find_and_its_blocks_are_cleared() -> 
 def test_who_wants_something_of_every_row_computes_every_row_and_leaves_it_to_others() -> None:
     plan = scheduler(block_size=4)
     run(plan, text(*range(9)))
-    assert run(plan, text(*range(9), reuses=False)) == [9]
-    assert run(plan, text(*range(100, 109), reuses=False)) == [9]
+    assert run(plan, text(*range(9), prompt_logprobs=0)) == [9]
+    assert run(plan, text(*range(100, 109), prompt_logprobs=0)) == [9]
     assert run(plan, text(*range(100, 109))) == [1]
     assert plan.prefix_queries == 18
 

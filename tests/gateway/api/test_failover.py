@@ -13,6 +13,7 @@ from gateway.api.app import create_app
 from gateway.api.served_model import ApiConfig
 from gateway.link import GatewayPool
 from tests.gateway.api.serving import NAME, TEXT, events_of, saying
+from tests.gateway.api.test_logprobs import as_bytes
 from tests.gateway.fake_engine import MODEL, SECRET, FakeEngine, serve
 
 pytestmark = pytest.mark.anyio
@@ -34,7 +35,15 @@ async def test_a_stream_goes_on_at_another_gateway(store: Path, n: int) -> None:
         listed += (await doom.enter_async_context(serve(doomed))).addresses
         app = create_app(ApiConfig(store=store, model_name=NAME), pool, _no_status)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as http:
-            body = {"prompt": [5], "max_tokens": 60, "stream": True, "n": n, "stop": ["never"]}
+            body = {
+                "prompt": [5],
+                "max_tokens": 60,
+                "stream": True,
+                "n": n,
+                "stop": ["never"],
+                "echo": True,
+                "logprobs": 0,
+            }
             streaming = asyncio.create_task(http.post("/v1/completions", json=body))
             doomed.allow(12)
             await asyncio.to_thread(doomed.wait_until, lambda: any(at >= 10 for _, at in doomed.running.values()))
@@ -43,7 +52,9 @@ async def test_a_stream_goes_on_at_another_gateway(store: Path, n: int) -> None:
             chunks = events_of(await streaming)
     for index in range(n):
         mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
-        assert "".join(choice["text"] for choice in mine) == TEXT
+        assert "".join(choice["text"] for choice in mine) == "$" + TEXT
+        told = [token for choice in mine for token in choice["logprobs"]["tokens"]]
+        assert as_bytes(told).decode() == "$" + TEXT
         assert [choice["finish_reason"] for choice in mine if choice["finish_reason"]] == ["stop"]
     assert len(spare.submitted) == n
     assert any(submit.emitted for submit in spare.submitted)
