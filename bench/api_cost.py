@@ -59,6 +59,9 @@ class Metronome:
         """Take a sequence in."""
         self._running[submit.request_id] = (submit, 0)
 
+    def prepare(self, submit: Submit) -> None:
+        """Nothing takes time."""
+
     def cancel(self, request_id: str) -> None:
         """Drop a sequence."""
         self._running.pop(request_id, None)

@@ -110,9 +110,10 @@ class ExpertFFN:
         if not weights:
             return
         # All first products, one activation for all rows, all second products: fewer and longer operations.
-        inner = _join([slice_.up(part) for slice_, part in zip(weights, rows.split(counts), strict=True)])
-        inner = self._activate(layer, inner)
-        torch.cat([slice_.down(part) for slice_, part in zip(weights, inner.split(counts), strict=True)], out=out)
+        parts = torch.split_with_sizes(rows, counts)
+        inner = _join([slice_.up(part) for slice_, part in zip(weights, parts, strict=True)])
+        parts = torch.split_with_sizes(self._activate(layer, inner), counts)
+        torch.cat([slice_.down(part) for slice_, part in zip(weights, parts, strict=True)], out=out)
         if self._form.normed:
             out.copy_(self._modules[layer].post_expert_norm(out))  # type: ignore[operator]
 

@@ -43,6 +43,6 @@ def packable(weight: torch.Tensor) -> bool:
         weight.device.type == "cpu"
         and weight.dtype in _PACKABLE
         and weight.numel() > 0
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and (weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )

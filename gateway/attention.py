@@ -141,7 +141,7 @@ class AttentionStep:
             sinks = None if sinks is None else sinks[:, None, :]
             return _mix(query.transpose(1, 2), keys, values, mask, scaling, sinks).transpose(0, 1).flatten(1, 2)
         heads, by_sequence = keys.shape[:2]
-        split = query.unflatten(2, (by_sequence, group.count)).transpose(1, 2).flatten(0, 1)
+        split = torch.unflatten(query, 2, (by_sequence, group.count)).transpose(1, 2).flatten(0, 1)
         shared = (-1, query.shape[1], -1, -1)
         keys, values = (kept.flatten(0, 1)[:, None].expand(shared) for kept in (keys, values))
         causal = rule.is_causal and group.from_start and sinks is None  # the kernel then skips what nobody sees
@@ -151,7 +151,7 @@ class AttentionStep:
         if sinks is not None:
             sinks = sinks.repeat_interleave(by_sequence, 0)[:, :, None]
         mixed = _mix(split, keys, values, mask, scaling, sinks, causal=causal)
-        return mixed.unflatten(0, (heads, by_sequence)).permute(1, 3, 0, 2, 4).flatten(0, 1).flatten(1, 2)
+        return torch.unflatten(mixed, 0, (heads, by_sequence)).permute(1, 3, 0, 2, 4).flatten(0, 1).flatten(1, 2)
 
     def _cached(self, layer: int, group: RowGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the group's sequences, each [Hkv, B, S, D]."""

@@ -67,7 +67,7 @@ def adopt(model: GatewayModel, folder: Path) -> int:
         except (UncompilableError, RuntimeError) as error:
             log.warning("layer %d runs as it is, not compiled: %s", index, error)
             continue
-        layer.forward = compiled  # type: ignore[method-assign,assignment]
+        layer.forward = compiled
         adopted += 1
     model.compiled = adopted
     return adopted

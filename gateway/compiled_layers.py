@@ -59,7 +59,8 @@ class CallPattern:
         """What finds a leaf among the arguments of a call."""
         numbered = pytree.tree_unflatten(range(len(self.leaves)), self.spec)
         path = next(path for path, number in pytree.tree_leaves_with_path(numbered) if number == leaf)
-        (side, key, *rest) = [getattr(step, "key", getattr(step, "idx", None)) for step in path]
+        steps: list[Any] = [getattr(step, "key", getattr(step, "idx", None)) for step in path]
+        side, key, *rest = steps
 
         def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             found = kwargs[key] if side else args[key]

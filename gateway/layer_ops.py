@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 
-_library = torch.library.Library("evermoe", "DEF")
+_library: Any = torch.library.Library("evermoe", "DEF")  # type: ignore[no-untyped-call]
 _library.define("linear(Tensor rows, Tensor layer, int slot, int out) -> Tensor")
 _library.define(
     "attend(Tensor query, Tensor keys, Tensor? values, Tensor layer, float scaling, Tensor? sinks, int width) -> Tensor"
@@ -107,12 +107,12 @@ _library.impl("attend", _attend, "CPU")
 _library.impl("experts", _experts, "CPU")
 
 
-@torch.library.register_fake("evermoe::linear", lib=_library)
+@torch.library.register_fake("evermoe::linear", lib=_library)  # type: ignore[untyped-decorator]
 def _(rows: torch.Tensor, layer: torch.Tensor, slot: int, out: int) -> torch.Tensor:
     return rows.new_empty(*rows.shape[:-1], out)
 
 
-@torch.library.register_fake("evermoe::attend", lib=_library)
+@torch.library.register_fake("evermoe::attend", lib=_library)  # type: ignore[untyped-decorator]
 def _(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -125,7 +125,7 @@ def _(
     return query.new_empty(query.shape[1], query.shape[0], width)
 
 
-@torch.library.register_fake("evermoe::experts", lib=_library)
+@torch.library.register_fake("evermoe::experts", lib=_library)  # type: ignore[untyped-decorator]
 def _(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 

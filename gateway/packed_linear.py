@@ -67,7 +67,7 @@ class SharedInput:
 
         def product(rows: torch.Tensor) -> torch.Tensor:
             if rows is not self._rows:
-                self._rows, self._parts = rows, self.whole(rows).split(self._sizes, dim=-1)
+                self._rows, self._parts = rows, torch.split_with_sizes(self.whole(rows), self._sizes, dim=-1)
             part = self._parts[index]
             if index == len(self._sizes) - 1:
                 self._rows, self._parts = None, ()

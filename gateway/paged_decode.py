@@ -44,7 +44,7 @@ def build(folder: Path) -> None:
 def load(folder: Path) -> bool:
     """Load the kernel from `folder` if it is there; whether it is loaded now."""
     if not loaded() and library(folder).exists():
-        torch.ops.load_library(str(library(folder)))
+        torch.ops.load_library(str(library(folder)))  # type: ignore[no-untyped-call]
     return loaded()
 
 
