@@ -5,6 +5,7 @@ Whoever assembles the application imports this; torch and transformers are impor
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import ray
@@ -23,6 +24,8 @@ class GatewayReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, store: str, policy: Policy, redis_url: str, namespace: str, compiled: str
     ) -> None:
+        # Waiting threads spin only briefly: api, replicas and system want the cores too. Read when torch is imported.
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         from gateway.gateway import Gateway
 
         self._gateway = Gateway(

@@ -103,14 +103,12 @@ class Dispatcher:
     def _assign(
         self, layer: int, counts: list[int], avoid: frozenset[str]
     ) -> tuple[list[tuple[Link, list[Part]]], list[Part]]:
-        while True:
-            table = self._fleet.table
-            remote, inline = assign(
-                counts, lambda e: _usable(table, layer, e, avoid), self._min_rows, next(self._turns)
-            )
-            if self._may_inline or not inline:
-                return remote, inline
+        table = self._fleet.table
+        remote, inline = assign(counts, lambda e: _usable(table, layer, e, avoid), self._min_rows, next(self._turns))
+        if inline and not self._may_inline:
             self._wait_for_replicas(layer, inline)
+            return self._assign(layer, counts, frozenset())
+        return remote, inline
 
     def _wait_for_replicas(self, layer: int, parts: list[Part]) -> None:
         """Return when replicas came or went; raise NoReplicaError when this gateway ends."""
