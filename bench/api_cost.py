@@ -52,9 +52,6 @@ class Metronome:
         """Whether a step would do anything."""
         return bool(self._running)
 
-    def prepare(self, submit: Submit) -> None:
-        """Nothing has to be."""
-
     def add(self, submit: Submit) -> None:
         """Take a sequence in."""
         self._running[submit.request_id] = (submit, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from deploy.models import cache_dir
 
@@ -36,7 +37,7 @@ def _write(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _tokenizer():  # type: ignore[no-untyped-def]
+def _tokenizer() -> Any:
     """Byte-level BPE over Python's own library."""
     import sysconfig
 

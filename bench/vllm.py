@@ -34,8 +34,8 @@ def environment() -> Path:
 
 def _install(venv: Path) -> None:
     print(f"installing {_PACKAGES[-1]} into {venv} ...", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    pip = [venv / "bin" / "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    pip = [str(venv / "bin" / "pip"), "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", *_PACKAGES], check=True)
     subprocess.run([*pip, "uninstall", "-y", *_BUILT_FOR_ANOTHER_TORCH], check=False)
     # It looks itself up as "vllm", with "cpu" in its version.
@@ -57,7 +57,7 @@ def serving(model: Path, kv_cache_gib: int) -> Iterator[str]:
     """The URL of a vLLM server of `model`, started and ended here."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [environment() / "bin" / "vllm", "serve", model, "--port", str(port), "--max-model-len", "1024"]
+    command = [str(environment() / "bin" / "vllm"), "serve", str(model), "--port", str(port), "--max-model-len", "1024"]
     variables = {**os.environ, **_OFFLINE, "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
@@ -90,8 +90,8 @@ def load(url: str, name: str, tokenizer: Path, clients: int, *, tokens: int, wav
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            environment() / "bin" / "vllm", "bench", "serve", "--backend", "openai", "--base-url", url,
-            "--model", name, "--tokenizer", tokenizer, "--dataset-name", "random",
+            str(environment() / "bin" / "vllm"), "bench", "serve", "--backend", "openai", "--base-url", url,
+            "--model", name, "--tokenizer", str(tokenizer), "--dataset-name", "random",
             "--random-input-len", str(tokens), "--random-output-len", str(tokens),
             "--num-prompts", str(clients * waves), "--max-concurrency", str(clients), "--ignore-eos",
             "--seed", str(seed), "--disable-tqdm", "--save-result", "--result-dir", folder, "--result-filename", "out",

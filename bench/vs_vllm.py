@@ -1,7 +1,7 @@
 """Output tokens a second against vLLM on the same machine: its own load generator, 64 tokens in, 64 out.
 
-Bars, as multiples of vLLM's output tokens/s: experts inline 1.5x at 1, 8 and 32 clients, TTFT no worse; all experts in 2
-replicas of 8 experts 1.2x at 8 and 32; in 16 replicas of one 1.0x at 32.   python -m bench.vs_vllm [--quick] [--check]
+Bars, as multiples of vLLM's output tokens/s: experts inline 1.5x at 1, 8 and 32 clients, TTFT no worse; all experts in
+2 replicas of 8 experts 1.2x at 8 and 32; in 16 replicas of one 1.0x at 32.   python -m bench.vs_vllm
 """
 
 from __future__ import annotations
@@ -127,11 +127,12 @@ def _ratios(runs: dict[str, list[dict[str, float]]]) -> tuple[float, float]:
 
 
 def _tell(setup: Setup, clients: int, runs: dict[str, Any], before: dict[str, float], after: dict[str, float]) -> None:
-    speed, ttft = _ratios(runs)
     for name in ("vllm", "evermoe"):
+        speed, ttft, tpot = (
+            _median(runs[name], key) for key in ("output_throughput", "median_ttft_ms", "median_tpot_ms")
+        )
         print(
-            f"{setup.name}, {clients:2d} clients: {name:7s} {_median(runs[name], 'output_throughput'):6.1f} tok/s, "
-            f"TTFT {_median(runs[name], 'median_ttft_ms'):6.1f} ms, TPOT {_median(runs[name], 'median_tpot_ms'):5.1f} ms"
+            f"{setup.name}, {clients:2d} clients: {name:7s} {speed:6.1f} tok/s, TTFT {ttft:6.1f}, TPOT {tpot:5.1f} ms"
         )
     steps = max(after["steps"] - before["steps"], 1)
     spent = {phase: 1000 * (after[phase] - before[phase]) / steps for phase in after if phase != "steps"}
