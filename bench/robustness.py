@@ -25,8 +25,9 @@ from bench.raw_http import exchange, vanish
 from bench.report import finish, options
 from bench.service import Service, serving
 
-GROWTH_MIB = 48.0
-"""What a process may have more at the end than after the warm-up."""
+GROWTH = {"api": 1.05, "gateway": 1.25}
+"""Memory at the end, as a multiple of that after the warm-up, at most. Each new number of rows in a batch leaves its
+kernels in oneDNN's cache, which holds a thousand: the gateway's memory levels off late."""
 TOGETHER = 64
 GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 QUIET_S = 60.0
@@ -217,7 +218,7 @@ def report(
     for harmless in ("vanished", "hung up"):
         bad.pop(harmless, None)
     passed = not bad and good == 200 and not any(gauges.values())
-    passed = passed and all(after[name] - before[name] < GROWTH_MIB for name in before)
+    passed = passed and all(after[name] < GROWTH[name] * before[name] for name in before)
     finish(
         "robustness",
         {"counts": {name: dict(count) for name, count in counts.items()}, "before": before, "after": after},

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from deploy.models import DEFAULT_MODEL, ensure_store
+from deploy.models import DEFAULT_MODEL, cache_dir, ensure_store
 from experts.deployment import expert_deployment
 from gateway.api.deployment import api_deployment
 from gateway.api.keys import load_keys
@@ -89,7 +89,7 @@ def assemble(
     path, fingerprint = str(store.path), store.manifest.fingerprint
     units = make_units(policy.experts.unit, store.manifest.num_experts, store.manifest.moe_layers)
     experts = [expert_deployment(unit, path, policy.experts, redis_url, namespace) for unit in units]
-    gateway = gateway_deployment(path, policy, redis_url, namespace)
+    gateway = gateway_deployment(path, policy, redis_url, namespace, str(cache_dir() / "compiled"))
     config = ApiConfig(store=store.path, model_name=name, policy=policy.api, keys=load_keys(policy.api.keys))
     return api_deployment(config, fingerprint, redis_url, namespace, listen, [gateway, *experts, *more])
 

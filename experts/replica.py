@@ -32,7 +32,7 @@ class Replica:
         self._unit = unit
         self._slices = frozenset((layer, expert) for layer in unit.layers for expert in unit.experts)
         opened = ExpertStore.open(store)
-        self._ffn = ExpertFFN(opened, device="cuda" if policy.resources.gpu else "cpu")
+        self._ffn = ExpertFFN(opened, device="cuda" if policy.resources.gpu else "cpu", packed=True)
         for expert in unit.experts:
             self._ffn.load(expert)
         directory.wait(START_S)

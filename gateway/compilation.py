@@ -8,11 +8,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -76,6 +78,7 @@ def adopt(model: GatewayModel, folder: Path) -> int:
             continue
         model.layers[index].forward = compiled
         adopted += 1
+    model.compiled = adopted
     if refused:
         log.warning("not all decoder layers run compiled: %s", refused)
     return adopted
@@ -105,10 +108,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _packages(model: GatewayModel, folder: Path) -> list[tuple[CallPattern, Path] | UncompilableError]:
-    """For each layer how it is called, and the file of its compiled form; or why it has none."""
+    """For each layer how it is called, and the folder of its compiled form; or why it has none."""
     called = patterns(model.layers, lambda rows: model.rehearse(rows, Echo(), Echo.experts))
     return [
-        pattern if isinstance(pattern, UncompilableError) else (pattern, folder / f"{signature(layer, pattern)}.pt2")
+        pattern if isinstance(pattern, UncompilableError) else (pattern, folder / signature(layer, pattern))
         for layer, pattern in zip(model.layers, called, strict=True)
     ]
 
@@ -124,11 +127,12 @@ def _check(model: GatewayModel, index: int, compiled: CompiledLayer, pattern: Ca
 
 
 class Compilation:
-    """The process that compiles, at the lowest priority; `done` once it has ended. Stopped with `close`."""
+    """The process that compiles, at the lowest priority. Stopped with `close`."""
 
-    def __init__(self, store: Path, folder: Path) -> None:
-        self.folder = folder
-        self.done = threading.Event()
+    def __init__(self, store: Path, folder: Path, done: Callable[[], None]) -> None:
+        """`done` is called, in a thread of its own, when there is something to adopt."""
+        self._done = done
+        self._folder = folder
         self._command = [sys.executable, "-m", "gateway.compilation", str(store), str(folder)]
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
@@ -152,7 +156,6 @@ class Compilation:
         # Compilers are untidy, and killed ones most of all: theirs is a folder that goes with them.
         with tempfile.TemporaryDirectory(prefix="evermoe-compilation-", ignore_cleanup_errors=True) as scratch:
             self._compile(scratch)
-        self.done.set()
 
     def _compile(self, scratch: str) -> None:
         with self._lock:
@@ -164,11 +167,13 @@ class Compilation:
                                              "TORCHINDUCTOR_CACHE_DIR": scratch},
             )  # fmt: skip
         _, said = self._process.communicate()
-        for half in self.folder.glob(f"*.{self._process.pid}.*"):
-            half.unlink(missing_ok=True)
+        for half_done in self._folder.glob(f"*.{self._process.pid}"):
+            shutil.rmtree(half_done, ignore_errors=True)
         if self._process.returncode and not self._closed:
             reason = said.decode(errors="replace").strip().splitlines()
             log.warning("decoder layers are not compiled: %s", reason[-1] if reason else "the compiler was killed")
+        if not self._closed:
+            self._done()
 
 
 def compile_layers(store: Path, folder: Path) -> Refusals:

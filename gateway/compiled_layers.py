@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,13 +190,13 @@ def export(layer: nn.Module, pattern: CallPattern) -> torch.export.ExportedProgr
         )
 
 
-def package(layer: nn.Module, pattern: CallPattern, file: Path) -> None:
-    """Compile `layer` into `file`, whole or not at all; takes ten seconds of a core."""
-    aside = file.with_name(f"{file.stem}.{os.getpid()}.pt2")
-    with torch.no_grad():
+def package(layer: nn.Module, pattern: CallPattern, folder: Path) -> None:
+    """Compile `layer` into `folder`, whole or not at all; takes ten seconds of a core."""
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder.parent, suffix=f".{os.getpid()}") as aside:
+        archive = f"{aside}/layer.pt2"
         torch._inductor.aoti_compile_and_package(
             export(layer, pattern),
-            package_path=str(aside),
+            package_path=archive,
             inductor_configs={
                 "aot_inductor.package_constants_in_so": False,
                 # Small ones are written into the code otherwise, and other layers have others.
@@ -203,7 +205,10 @@ def package(layer: nn.Module, pattern: CallPattern, file: Path) -> None:
                 "cpp.threads": 1,
             },
         )
-    aside.replace(file)
+        # Unpacked once: packed, it would be unpacked by every process that loads it, for each of its layers.
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(f"{aside}/unpacked")
+        next(Path(aside, "unpacked").iterdir()).rename(folder)
 
 
 def _grown(tensor: torch.Tensor, growing: tuple[int, ...], rows: int) -> torch.Tensor:
@@ -217,18 +222,18 @@ def _grown(tensor: torch.Tensor, growing: tuple[int, ...], rows: int) -> torch.T
 class CompiledLayer:
     """Takes the place of a layer's forward."""
 
-    def __init__(self, layer: nn.Module, index: int, pattern: CallPattern, file: Path, note: NoteRule) -> None:
-        """Load `file` with the layer's own weights; raise UncompilableError where they do not go together."""
-        runner = torch._inductor.aoti_load_package(str(file))
+    def __init__(self, layer: nn.Module, index: int, pattern: CallPattern, folder: Path, note: NoteRule) -> None:
+        """Load `folder` with the layer's own weights; raise UncompilableError where they do not go together."""
+        runner = torch._C._aoti.AOTIModelPackageLoader(str(folder), "model", False, 1, -1)
         held = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
         names = {name: name.removeprefix("layer.") for name in runner.get_constant_fqns()}
         unknown = [name for name, own in names.items() if own not in held]
         if unknown:
             raise UncompilableError(f"it has a constant of its own ({unknown[0]})")
         self._weights = {name: held[own].detach() for name, own in names.items()}
-        runner.load_constants(self._weights, check_full_update=True, user_managed=True)
+        runner.load_constants(self._weights, False, True, True)
         self._runner = runner
-        self._run = runner.loader.run
+        self._run = runner.run
         self._tuple_out = pattern.tuple_out
         self._tensors = [pattern.reader(leaf) for leaf in pattern.tensors]
         self._rule = None if pattern.rule is None else pattern.reader(pattern.rule)

@@ -5,6 +5,7 @@ Whoever assembles the application imports this; torch and transformers are impor
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import ray
@@ -21,8 +22,10 @@ class GatewayReplica:
     """Serve makes one for each gateway; requests arrive on its own port, not through Serve."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, store: str, policy: Policy, redis_url: str, namespace: str
+        self, store: str, policy: Policy, redis_url: str, namespace: str, compiled: str
     ) -> None:
+        # Waiting threads spin only briefly: api, replicas and system want the cores too. Read when torch is imported.
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         from gateway.gateway import Gateway
 
         self._gateway = Gateway(
@@ -32,6 +35,7 @@ class GatewayReplica:
             name=serve.get_replica_context().replica_id.unique_id,
             node=ray.get_runtime_context().get_node_id(),
             node_ip=ray.util.get_node_ip_address(),
+            compiled=Path(compiled),
         )
         await self._gateway.__aenter__()
 
@@ -46,8 +50,8 @@ class GatewayReplica:
             await self._gateway.__aexit__()
 
 
-def gateway_deployment(store: str, policy: Policy, redis_url: str, namespace: str) -> serve.Application:
-    """The Serve application node of the gateway."""
+def gateway_deployment(store: str, policy: Policy, redis_url: str, namespace: str, compiled: str) -> serve.Application:
+    """The Serve application node of the gateway; `compiled` is where compiled layers are kept."""
     options = {"num_cpus": 0, "num_gpus": int(_wants_gpu(policy.gateway.device))}
     deployment = serve.deployment(
         GatewayReplica,
@@ -56,7 +60,7 @@ def gateway_deployment(store: str, policy: Policy, redis_url: str, namespace: st
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=policy.api.drain_s + _STOP_S,
     )
-    return deployment.bind(store, policy, redis_url, namespace)
+    return deployment.bind(store, policy, redis_url, namespace, compiled)
 
 
 def _wants_gpu(device: str) -> bool:

@@ -22,9 +22,17 @@ from experts.wire.arena import Arena
 from experts.wire.channel import Call, CallRefusedError
 from gateway.assignment import Part, assign
 from gateway.fleet import DispatchTable, Fleet, Link
+from gateway.inline_choice import InlineChoice
+from gateway.step_times import StepTimes
 
+_WAIT_S = 0.2
+"""Between two looks whether the gateway ends, while a step waits for replicas."""
 _LEAST_PATIENCE_S = 0.001
 """For an answer that is there already when the deadline has passed."""
+
+
+class NoReplicaError(RuntimeError):
+    """An expert has no replica, and the gateway may not compute it."""
 
 
 class Dispatcher:
@@ -33,7 +41,19 @@ class Dispatcher:
     `inline` computes what no replica serves. Its errors propagate; those of replicas never do.
     """
 
-    def __init__(self, fleet: Fleet, inline: ExpertFFN, experts: int, min_rows: int, deadline_s: float) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        inline: ExpertFFN,
+        experts: int,
+        min_rows: int,
+        deadline_s: float,
+        *,
+        choice: InlineChoice | None = None,
+        may_inline: bool = True,
+        times: StepTimes | None = None,
+    ) -> None:
+        """`choice` may keep rows here that replicas would compute; without `may_inline` none ever are."""
         self.calls: collections.Counter[tuple[int, int, str]] = collections.Counter()
         """(layer, expert, path) -> calls; path is ``replica``, ``inline``, ``retry`` or ``hedge``."""
         self._fleet = fleet
@@ -41,6 +61,10 @@ class Dispatcher:
         self._experts = experts
         self._min_rows = min_rows
         self._deadline_s = deadline_s
+        self._choice = choice
+        self._may_inline = may_inline
+        self._times = times or StepTimes()
+        self._stopped = False
         self._arena: Arena | None = None
         self._seq = itertools.count(1)
         self._turns = itertools.count(1)
@@ -49,7 +73,11 @@ class Dispatcher:
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Run ``hidden [T, H]`` through the experts ``top_k_index [T, K]`` and sum them by ``top_k_weights [T, K]``."""
-        return combine(self.rows(layer, hidden, top_k_index), top_k_weights)
+        self._times.start()
+        rows = self.rows(layer, hidden, top_k_index)
+        summed = combine(rows, top_k_weights)
+        self._times.end("combine")
+        return summed
 
     def rows(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
         """What the experts ``top_k_index [T, K]`` make of ``hidden [T, H]``, before the sum: ``[T, K, H]``."""
@@ -57,6 +85,8 @@ class Dispatcher:
         choice = top_k_index.reshape(-1).cpu().numpy()
         counts = np.bincount(choice, minlength=self._experts).tolist()
         remote, inline = self._assign(layer, counts, frozenset())
+        if remote and self._choice is not None and self._choice.here([parts for _, parts in remote], inline):
+            remote, inline = assign(counts, lambda expert: (), self._min_rows, 0)
         if not remote and len(hidden) == 1:
             return self._single_row(layer, hidden, choice.tolist())
         order = np.argsort(choice, kind="stable")
@@ -74,7 +104,17 @@ class Dispatcher:
         self, layer: int, counts: list[int], avoid: frozenset[str]
     ) -> tuple[list[tuple[Link, list[Part]]], list[Part]]:
         table = self._fleet.table
-        return assign(counts, lambda e: _usable(table, layer, e, avoid), self._min_rows, next(self._turns))
+        remote, inline = assign(counts, lambda e: _usable(table, layer, e, avoid), self._min_rows, next(self._turns))
+        if inline and not self._may_inline:
+            self._wait_for_replicas(layer, inline)
+            return self._assign(layer, counts, frozenset())
+        return remote, inline
+
+    def _wait_for_replicas(self, layer: int, parts: list[Part]) -> None:
+        """Return when replicas came or went; raise NoReplicaError when this gateway ends."""
+        if self._stopped:
+            raise NoReplicaError(f"expert {parts[0].expert} of layer {layer} has no replica, and the gateway ends")
+        self._fleet.wait(_WAIT_S)
 
     def _single_row(self, layer: int, hidden: torch.Tensor, experts: list[int]) -> torch.Tensor:
         """One row needs no sorting: each of its experts reads it where it is."""
@@ -84,6 +124,10 @@ class Dispatcher:
         """Without replicas rows need no shared memory."""
         index = torch.from_numpy(source).to(hidden.device)
         return self._inline_rows(layer, hidden.index_select(0, index), parts)
+
+    def stop_waiting(self) -> None:
+        """Let a step that waits for replicas fail; any thread may call it."""
+        self._stopped = True
 
     def close(self) -> None:
         """Give the shared memory back."""
@@ -114,7 +158,11 @@ class Dispatcher:
         results = arena.results(0, len(laid), batch.width, batch.dtype)
         if inline:
             results[start:] = self._inline_rows(batch.layer, rows[start:], inline)
+        self._times.end("dispatch")
         failed += self._collect([item for item in calls if item not in failed])
+        spent = self._times.end("wait")
+        if self._choice is not None and not inline:
+            self._choice.was_there([parts for _, parts in remote], spent)
         return (self._run_again(batch.layer, failed, rows, results, avoid) if failed else results), laid
 
     def _send(self, calls: list[_Sent]) -> list[_Sent]:
@@ -136,8 +184,12 @@ class Dispatcher:
         for expert in {p.expert for p in parts} - self._inline.loaded:
             self._inline.load(expert)
         self._count(layer, parts, "inline")
+        self._times.end("dispatch")
         results = torch.empty_like(rows, memory_format=torch.contiguous_format)
         self._inline.compute(layer, [(p.expert, p.rows) for p in parts], rows, results)
+        spent = self._times.end("inline")
+        if self._choice is not None:
+            self._choice.was_here(parts, spent)
         return results
 
     def _collect(self, calls: list[_Sent]) -> list[_Sent]:

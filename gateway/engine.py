@@ -23,6 +23,7 @@ from gateway.request_check import capped, check
 from gateway.sampler import INVALID, sample, tell
 from gateway.scheduler import Scheduler, Work
 from gateway.sequence import Sequence
+from gateway.step_times import StepTimes
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Engine:
         grammars: Grammars | None = None,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
         clock: Callable[[], float] = time.monotonic,
+        times: StepTimes | None = None,
     ) -> None:
         """Raise ValueError for settings that cannot work.
 
@@ -76,6 +78,7 @@ class Engine:
             # Where a key depends on the length of its whole sequence, equal tokens do not make equal blocks.
             prefix_caching=settings.prefix_caching and model.rope is None,
         )
+        self.times = times or StepTimes()
         self._pace = Pace()
         self._grammars = grammars
         self._draw_seed = draw_seed
@@ -100,21 +103,27 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Compute one batch: what it added to each sequence. A failure ends the sequences it hit, no others."""
+        started = time.perf_counter()
         deltas = self._without_a_step()
         works = self.scheduler.schedule(self._clock())
         if not works:
             return deltas
         try:
             batch = build_batch(works, self.cache, rope=self.model.rope, device=self.model.device)
+            scheduled = time.perf_counter()
             logits = self.model.forward(batch)
+            computed = time.perf_counter()
             tokens = sample(logits[: len(batch.sampled)], batch.sampled)
             told = tell(logits, batch.sampled, tokens)
             _score_prompts(logits, batch)
         except Exception as failure:
             return deltas + self._fail(works, failure)
         self.scheduler.advance(works, _damaged(logits, batch.sampled, tokens))
+        sampled = time.perf_counter()
         chosen = zip(batch.sampled, tokens, strict=True)
-        return deltas + [self._emit(sequence, token, told.get(i)) for i, (sequence, token) in enumerate(chosen)]
+        deltas += [self._emit(sequence, token, told.get(i)) for i, (sequence, token) in enumerate(chosen)]
+        self.times.step(started, scheduled, computed, sampled)
+        return deltas
 
     def prepare(self, request: Submit) -> None:
         """Compile what `request` needs, so that `add` is quick; any thread may call it. Raise RequestError."""

@@ -82,7 +82,7 @@ class Fleet:
         self._fingerprint = fingerprint
         self._changed = changed
         self._host = host_id()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._connecting: set[str] = set()
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="expert-connect")
         self._watcher = Watcher(directory, self._refresh)
@@ -103,6 +103,11 @@ class Fleet:
         log.warning("replica %s of %s is lost (%s): its rows run elsewhere", link.entry.id, link.entry.unit, reason)
         link.channel.close()
         self._update(lambda links: links.pop(link.entry.id, None) if links.get(link.entry.id) is link else None)
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when the table has changed, or after `timeout_s`."""
+        with self._lock:
+            self._lock.wait(timeout_s)
 
     def _refresh(self) -> None:
         listed = {entry.id: entry for entry in self._directory.replicas()}
@@ -138,3 +143,4 @@ class Fleet:
             change(links)
             self.table = DispatchTable.of(links)
             self._changed(self.table)
+            self._lock.notify_all()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import redis
@@ -15,14 +17,19 @@ import torch
 from experts.ffn import ExpertFFN
 from experts.store import ExpertStore, Manifest
 from experts.wire.sockets import host_id
+from gateway import compilation
+from gateway.compilation import Compilation
 from gateway.dispatch import Dispatcher
 from gateway.engine import Engine, EngineSettings
 from gateway.fleet import DispatchTable, Fleet
 from gateway.grammar import Grammars
+from gateway.inline_choice import InlineChoice
 from gateway.link.server import GatewayServer
 from gateway.messages import GatewayStatus
 from gateway.model import load_model
+from gateway.step_times import StepTimes
 from placement import plan
+from placement.cost import Speed
 from placement.plan import Plan
 from placement.policy import GatewayPolicy, Policy
 from placement.unit import Unit, make_units
@@ -31,6 +38,8 @@ from recovery.lease import Lease
 
 log = logging.getLogger(__name__)
 
+_COMPILE_AFTER_S = 10.0
+"""What a gateway that is ready has before decoder layers are compiled beside it."""
 _HEAD_START_S = 2.0
 """What a gateway that is ready has before the first expert replica starts, and between tries to start them."""
 _FINISH_POLL_S = 0.05
@@ -43,8 +52,17 @@ class Gateway:
     """
 
     def __init__(
-        self, store: Path, policy: Policy, directory: Directory, *, name: str, node: str, node_ip: str
+        self,
+        store: Path,
+        policy: Policy,
+        directory: Directory,
+        *,
+        name: str,
+        node: str,
+        node_ip: str,
+        compiled: Path | None = None,
     ) -> None:
+        """`compiled` is a folder of this host for compiled layers; without one none are."""
         self._store = ExpertStore.open(store)
         self._policy = policy
         self._directory = directory
@@ -52,6 +70,8 @@ class Gateway:
         self._node = node
         self._node_ip = node_ip
         self._units = make_units(policy.experts.unit, self._store.manifest.num_experts, self._store.manifest.moe_layers)
+        self._compiled = compiled
+        self._times = StepTimes()
         self._exits = contextlib.AsyncExitStack()
 
     @property
@@ -64,8 +84,9 @@ class Gateway:
         secret, fingerprint = self._directory.secret(), self._store.manifest.fingerprint
         self._dispatcher = self._connect(secret)
         model = load_model(self._store, device=_device(self._policy.gateway.device), experts=self._dispatcher)
+        self._model = model
         grammars = Grammars(self._store.path, model.vocab_size)
-        self._engine = Engine(model, _settings(self._policy.gateway), grammars=grammars)
+        self._engine = Engine(model, _settings(self._policy.gateway), grammars=grammars, times=self._times)
         self._server = await self._exits.enter_async_context(
             GatewayServer(
                 self._engine,
@@ -80,7 +101,23 @@ class Gateway:
         self._exits.enter_context(Lease(self._directory, self._entry()))
         starting = asyncio.create_task(self._start_experts(), name="start-experts")
         self._exits.callback(starting.cancel)
+        self._exits.callback(self._dispatcher.stop_waiting)
+        if self._policy.gateway.compile and self._compiled is not None and model.device.type == "cpu":
+            compiling = asyncio.create_task(self._compile(self._compiled), name="compile")
+            self._exits.callback(compiling.cancel)
         return self
+
+    async def _compile(self, folder: Path) -> None:
+        """Take over compiled layers: those of an earlier start at once, the others when they are there."""
+
+        def adopt() -> None:
+            self._model.between_steps = partial(compilation.adopt, self._model, folder)
+
+        adopt()
+        await asyncio.sleep(_COMPILE_AFTER_S)
+        compiling = Compilation(self._store.path, folder, adopt)
+        self._exits.push_async_callback(asyncio.to_thread, compiling.close)
+        compiling.start()
 
     async def _start_experts(self) -> None:
         """Publish the first plan, not at once: starting replicas would take the cores from the first request."""
@@ -108,11 +145,19 @@ class Gateway:
     def _connect(self, secret: bytes) -> Dispatcher:
         """The dispatcher with the fleet it uses; an expert's inline copy is unmapped once replicas cover it."""
         manifest, policy = self._store.manifest, self._policy
-        inline = ExpertFFN(self._store, device="cpu")
-        fleet = Fleet(self._directory, secret, manifest.fingerprint, lambda table: _release(inline, table, manifest))
+        prefer = policy.gateway.inline == "prefer"
+        inline = ExpertFFN(self._store, _device(policy.gateway.device) if prefer else "cpu", packed=prefer)
+
+        def changed(table: DispatchTable) -> None:
+            if not prefer:
+                _release(inline, table, manifest)
+
+        fleet = self._exits.enter_context(Fleet(self._directory, secret, manifest.fingerprint, changed))
         dispatcher = Dispatcher(
-            self._exits.enter_context(fleet), inline, manifest.num_experts,
-            policy.experts.min_rows_per_replica, policy.gateway.call_deadline_s,
+            fleet, inline, manifest.num_experts, policy.experts.min_rows_per_replica, policy.gateway.call_deadline_s,
+            choice=InlineChoice(_speed(manifest)) if prefer else None,
+            may_inline=policy.gateway.inline != "never",
+            times=self._times,
         )  # fmt: skip
         self._exits.callback(dispatcher.close)
         return dispatcher
@@ -140,6 +185,9 @@ class Gateway:
             preemptions=scheduler.preemptions,
             prefix_cache_queries=scheduler.prefix_queries,
             prefix_cache_hits=scheduler.prefix_hits,
+            steps=self._times.steps,
+            step_seconds=dict(self._times.seconds),
+            compiled_layers=self._model.compiled,
         )
 
 
@@ -151,6 +199,11 @@ def _settings(policy: GatewayPolicy) -> EngineSettings:
         max_waiting=policy.max_waiting,
         prefix_caching=policy.prefix_caching,
     )
+
+
+def _speed(manifest: Manifest) -> Speed:
+    numbers = sum(math.prod(shape) for shape in manifest.expert_params.values())
+    return Speed.of(numbers * getattr(torch, manifest.dtype).itemsize, numbers)
 
 
 def _device(name: str) -> str:

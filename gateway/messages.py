@@ -162,6 +162,12 @@ class GatewayStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     kv_blocks_total: int
     expert_calls: dict[str, dict[str, int]]
     """Expert unit -> path (``replica``, ``inline``, ``retry``, ``hedge``) -> calls."""
+    steps: int = 0
+    """Steps of the engine since its start."""
+    step_seconds: dict[str, float] = {}
+    """What they spent by phase (see `gateway.step_times`)."""
+    compiled_layers: int = 0
+    """Decoder layers that run compiled."""
     preemptions: int = 0
     prefix_cache_queries: int = 0
     """Tokens that were looked for in the cache, and of these ``prefix_cache_hits`` were found."""

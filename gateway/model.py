@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -69,12 +69,19 @@ class GatewayModel:
         self.calls = LayerCalls([], experts)
         self.kv_shapes: dict[int, LayerShape] = {}
         pack_linears(network, lambda: self.kv_shapes.update(self._probe()))
+        self.compiled = 0
+        """Layers that run compiled."""
+        self.between_steps: Callable[[], object] | None = None
+        """Called once, before the next forward."""
         self.layers = decoder_layers(network)
         """In order; empty where they can't be told apart."""
         self.calls = LayerCalls(self.layers, experts)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute the batch's rows, cache their keys and values; logits [batch.sample_rows, vocabulary]."""
+        if self.between_steps is not None:
+            change, self.between_steps = self.between_steps, None
+            change()
         if self.rope is not None:
             self.rope.lengths = batch.lengths
         return self._run(batch.token_ids, batch.positions, batch.sample_rows, batch.attention)

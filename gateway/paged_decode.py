@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -37,17 +36,15 @@ def build(folder: Path) -> None:
     target = library(folder)
     if target.exists():
         return
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, suffix=f".{os.getpid()}") as aside:
         builder = cpp_builder.CppBuilder(
             name="paged_decode",
             sources=str(_SOURCE),
-            output_dir=scratch,
+            output_dir=aside,
             BuildOption=cpp_builder.CppTorchOptions(vec_isa=cpu_vec_isa.pick_vec_isa()),
         )
         builder.build()
-        aside = target.with_name(f"{target.stem}.{os.getpid()}.so")
-        shutil.copyfile(builder.get_target_file_path(), aside)
-    aside.replace(target)
+        Path(builder.get_target_file_path()).replace(target)
 
 
 def load(folder: Path) -> bool:

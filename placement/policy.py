@@ -83,6 +83,11 @@ class GatewayPolicy(_Section):
     """Sequences that wait for a place at most; more are refused with status 429."""
     prefix_caching: bool = True
     """Keep finished sequences' keys and values while there is room, for prompts that begin alike."""
+    inline: Literal["fallback", "prefer", "never"] = "fallback"
+    """Where the gateway computes experts itself: `fallback` only what no replica serves, `prefer` also whatever is
+    faster here than over the wire (the weights are then held in the gateway's memory), `never` waits for replicas."""
+    compile: bool = True
+    """Compile the decoder layers in the background, at the lowest priority, where there is a C++ compiler."""
     call_deadline_s: float = Field(default=10.0, gt=0)
     """A replica that has not answered by then is given up and its rows run elsewhere (usually far sooner)."""
 

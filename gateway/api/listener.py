@@ -103,6 +103,7 @@ async def listening(app: ASGIApp, host: str, port: int) -> AsyncIterator[int]:
         log_config=None,
         log_level="error",  # uvicorn warns of every client that speaks no HTTP
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(_CLOSE_S),
         backlog=_BACKLOG,

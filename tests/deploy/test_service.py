@@ -175,11 +175,23 @@ def test_status_shows_every_expert(served: Served) -> None:
     assert [unit["unit"] for unit in report["units"]] == [f"expert-{e}" for e in range(8)]
 
 
-def test_interrupting_it_leaves_nothing_behind(served: Served) -> None:
+def test_interrupting_it_lets_requests_finish_and_leaves_nothing_behind(served: Served) -> None:
     """Last in this file: it ends the service."""
+    expected = served.stream(100)
     mine = psutil.Process(served.process.pid).children(recursive=True)
     assert len(mine) > 8
-    served.process.send_signal(signal.SIGINT)
+    refused: list[httpx.Response] = []
+
+    def interrupt(number: int) -> None:
+        if number == 10:
+            served.process.send_signal(signal.SIGTERM)
+            eventually(lambda: httpx.get(f"{served.url}/health").status_code == 503, 20, "new requests are refused")
+            refused.append(httpx.post(f"{served.url}/v1/completions", json={"prompt": "x"}))
+
+    assert served.stream(100, interrupt) == expected
+    assert refused[0].status_code == 503
+    assert refused[0].json()["error"]["code"] == "shutting_down"
+    assert int(refused[0].headers["retry-after"]) > 0
     assert served.process.wait(60) == 0, served.output.read_text()
     assert "Traceback" not in served.output.read_text()
     _, alive = psutil.wait_procs(mine, timeout=20)

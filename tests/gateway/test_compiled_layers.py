@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -60,18 +61,26 @@ def folders(family_of: FamilyOf, compiled_folder: Path, tmp_path_factory: pytest
     made = {family: tmp_path_factory.mktemp(f"compiled-{family}") for family in COMPILED}
     for folder in made.values():
         shutil.copy(paged_decode.library(compiled_folder), folder)
-    beside = Compilation(family_of("mixtral").store.path, made["mixtral"])
+    done = threading.Event()
+    beside = Compilation(family_of("mixtral").store.path, made["mixtral"], done.set)
     beside.start()
     for family in ("deepseek_v3", "gpt_oss"):
         with warnings.catch_warnings(action="ignore"):
             assert not compile_layers(family_of(family).store.path, made[family])
-    assert beside.done.wait(200)
+    assert done.wait(200)
     beside.close()
     return made
 
 
 def packages(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.pt2"))
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def libraries(package: Path) -> list[Path]:
+    """The compiled code in a package."""
+    found = [path for path in package.rglob("*.so") if path.is_file()]
+    assert found
+    return found
 
 
 def fresh(one: InlineFamily) -> InlineFamily:
@@ -156,17 +165,20 @@ def test_layers_of_one_kind_share_a_package(family_of: FamilyOf, folders: dict[s
 def test_a_compilation_leaves_whole_files_and_nothing_else(folders: dict[str, Path]) -> None:
     for folder in folders.values():
         assert {*folder.iterdir()} == {paged_decode.library(folder), *packages(folder)}
-        assert all(len(file.stem) == 24 for file in packages(folder))
+        assert all(len(package.name) == 24 for package in packages(folder))
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no package", None])
+@pytest.mark.parametrize("damage", [b"", b"not a library", None])
 def test_a_damaged_package_leaves_the_layers_as_they_are(
     family_of: FamilyOf, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture,
     damage: bytes | None,
 ) -> None:  # fmt: skip
     one, folder = fresh(family_of("mixtral")), copied(folders["mixtral"], tmp_path)
-    [file] = packages(folder)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if damage is None else damage)
+    [package] = packages(folder)
+    for file in libraries(package):
+        file.unlink()
+        if damage is not None:
+            file.write_bytes(damage)
     assert adopt(one.model, folder) == 0
     assert not any(runs_compiled(one.model))
     warning = warned(caplog)[-1]  # torch has its own to say
@@ -178,7 +190,8 @@ def test_the_package_of_another_family_is_refused(
     family_of: FamilyOf, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, folder = fresh(family_of("mixtral")), copied(folders["mixtral"], tmp_path)
-    shutil.copy(packages(folders["gpt_oss"])[0], packages(folder)[0])
+    shutil.rmtree(packages(folder)[0])
+    shutil.copytree(packages(folders["gpt_oss"])[0], folder / packages(folders["mixtral"])[0].name)
     assert adopt(one.model, folder) == 0
     [warning] = warned(caplog)
     assert "constant" in warning
@@ -189,7 +202,7 @@ def test_what_is_there_is_taken_and_the_rest_stays(
     family_of: FamilyOf, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, folder = fresh(family_of("deepseek_v3")), copied(folders["deepseek_v3"], tmp_path)
-    packages(folder)[0].unlink()
+    shutil.rmtree(packages(folder)[0])
     assert adopt(one.model, folder) == 2
     assert sorted(runs_compiled(one.model)) == [False, False, True, True]
     assert warned(caplog) == []  # it may still come
@@ -279,10 +292,10 @@ def test_packages_are_told_apart_by_what_they_are_made_of(family_of: FamilyOf, m
 def test_a_kind_that_fails_does_not_keep_the_others_from_being_compiled(
     family_of: FamilyOf, tmp_path: Path, compiled_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def package(layer: Any, pattern: CallPattern, file: Path) -> None:
+    def package(layer: Any, pattern: CallPattern, folder: Path) -> None:
         if hasattr(layer.mlp, "experts"):
             raise NotImplementedError("torch can't\nsecond line")
-        file.touch()
+        folder.mkdir()
 
     shutil.copy(paged_decode.library(compiled_folder), tmp_path)
     monkeypatch.setattr(compilation, "package", package)
@@ -338,9 +351,10 @@ def test_a_compilation_that_fails_is_told_in_one_line(
     family_of: FamilyOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    one = Compilation(family_of("mixtral").store.path, tmp_path)
+    done = threading.Event()
+    one = Compilation(family_of("mixtral").store.path, tmp_path, done.set)
     one.start()
-    assert one.done.wait(120)
+    assert done.wait(120)
     one.close()
     assert warned(caplog) == [
         "decoder layers are not compiled: there is no C++ compiler here; install g++, or name one in CXX"
@@ -354,12 +368,13 @@ def test_closed_in_the_middle_nothing_is_left(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    one = Compilation(family_of("mixtral").store.path, tmp_path / "folder")
+    done = threading.Event()
+    one = Compilation(family_of("mixtral").store.path, tmp_path / "folder", done.set)
     one.start()
     wait_for(lambda: any(process.name() in ("cc1plus", "g++") for process in mine(tmp_path)))
     one.close()
     one.close()
-    assert one.done.is_set()
+    assert not done.is_set()
     wait_for(lambda: not mine(tmp_path), within=10)
     assert not list(scratch.iterdir())
     assert not list((tmp_path / "folder").iterdir())
@@ -367,7 +382,7 @@ def test_closed_in_the_middle_nothing_is_left(
 
 
 def test_closed_before_it_starts_nothing_runs(tmp_path: Path) -> None:
-    one = Compilation(tmp_path, tmp_path / "folder")
+    one = Compilation(tmp_path, tmp_path / "folder", lambda: None)
     one.close()
     one.start()
     one.close()

@@ -45,12 +45,25 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
         ("experts: {replicas: 9}", "more than max_replicas"),
         ("experts: {replicas: -1}", "experts.replicas: Input should be greater than or equal to 0 (got -1)"),
         ("gateway: {max_batch_tokens: 8}", "no room for one token of each of max_running (64)"),
-        ("[1, 2]", "a policy is a mapping with experts, gateway"),
+        ("api: {key: []}", "unknown key 'api.key': did you mean 'keys'?"),
+        ("api: {keys: [{name: a, sha: b}]}", "unknown key 'api.keys.0.sha': did you mean 'sha256'?"),
+        ("api: {keys: [{name: a}]}", "api.keys.0: give one of sha256, env and file"),
+        ("api: {keys: [{name: a, env: A, file: /a}]}", "api.keys.0: give one of sha256, env and file"),
+        ("api: {keys: [{name: a b, env: A}]}", "api.keys.0.name"),
+        ("api: {keys: [{name: a, env: A}, {name: a, env: B}]}", "keys: two are called 'a'"),
+        ("api: {keys: [{name: a, env: A, max_concurrent: 0}]}", "api.keys.0.max_concurrent"),
+        ("api: {drain_s: -1}", "api.drain_s: Input should be greater than or equal to 0 (got -1)"),
+        ("[1, 2]", "a policy is a mapping with experts, gateway, api"),
         ("a: b: c", "not YAML"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in refuse(tmp_path, text)
+
+
+def test_a_key_in_the_wrong_place_is_not_repeated(tmp_path: Path) -> None:
+    assert "sk-secret" not in refuse(tmp_path, "api: {keys: [{name: a, sha256: sk-secret}]}")
+    assert "sk-secret" not in refuse(tmp_path, "api: {keys: sk-secret}")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

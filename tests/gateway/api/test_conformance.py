@@ -230,6 +230,15 @@ class TestRequests:
     ) -> None:
         assert error_of(await api.chat(**{field: value}), 400)["param"].startswith(field)
 
+    async def test_echo_and_logprobs_come_in_both_shapes(self, api: Api) -> None:
+        completion = (await api.completion(prompt="def", echo=True, logprobs=1)).json()["choices"][0]
+        assert completion["text"].startswith("def")
+        assert set(completion["logprobs"]) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
+        assert completion["logprobs"]["token_logprobs"][0] is None
+        chat = (await api.chat(logprobs=True, top_logprobs=1)).json()["choices"][0]
+        for token in chat["logprobs"]["content"]:
+            assert set(token) == {"token", "logprob", "bytes", "top_logprobs"}
+
     async def test_unknown_fields_are_ignored(self, api: Api) -> None:
         assert (await api.chat(some_new_field={"a": 1}, user="me", store=False)).status_code == 200
 
