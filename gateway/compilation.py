@@ -199,12 +199,12 @@ def compile_layers(store: Path, folder: Path) -> Refusals:
     return refused
 
 
-def _package(layer: nn.Module, pattern: CallPattern, file: Path) -> Exception | None:
+def _package(layer: nn.Module, pattern: CallPattern, folder: Path) -> Exception | None:
     """What hindered it; exporting modeling code fails in more ways than torch has names for."""
     try:
-        package(layer, pattern, file)
+        package(layer, pattern, folder)
     except Exception as error:
-        return error
+        return None if folder.exists() else error  # another process may have been faster
     return None
 
 

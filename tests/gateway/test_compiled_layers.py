@@ -304,6 +304,18 @@ def test_a_kind_that_fails_does_not_keep_the_others_from_being_compiled(
     assert len(packages(tmp_path)) == 1
 
 
+def test_a_package_that_another_process_made_meanwhile_will_do(
+    family_of: FamilyOf, tmp_path: Path, compiled_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def package(layer: Any, pattern: CallPattern, folder: Path) -> None:
+        folder.mkdir()
+        raise OSError("Directory not empty")
+
+    shutil.copy(paged_decode.library(compiled_folder), tmp_path)
+    monkeypatch.setattr(compilation, "package", package)
+    assert not compile_layers(family_of("mixtral").store.path, tmp_path)
+
+
 def test_layers_called_in_a_way_of_their_own_stay_as_they_are(
     family_of: FamilyOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
