@@ -8,25 +8,30 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from experts.store import ExpertStore
-from gateway import layer_ops, paged_decode
+from experts.store import ExpertStore, StoreError
+from gateway import layer_ops, native_code, paged_decode
 from gateway.compiled_layers import CallPattern, CompiledLayer, UncompilableError, check, package, patterns, signature
 from gateway.masks import MaskRule
-from gateway.model import GatewayModel, load_model
+from gateway.model import GatewayModel, ModelError, load_model
 
 log = logging.getLogger(__name__)
 
 _LOWEST_PRIORITY = 19
 _TERMINATED_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_FOR_PEOPLE = (UncompilableError, StoreError, ModelError, native_code.NoCompilerError)
+_ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no pool of compilers beside it
 
 
 class Echo:
@@ -55,28 +60,60 @@ class Echo:
 def adopt(model: GatewayModel, folder: Path) -> int:
     """Let `model` run what `folder` has of its layers from now on; how many they are. Between two steps only."""
     paged_decode.load(folder)
+    refused = Refusals()
     adopted = 0
-    for index, (pattern, file) in enumerate(_packages(model, folder)):
+    for index, found in enumerate(_packages(model, folder)):
+        if isinstance(found, UncompilableError):
+            refused.add(index, found)
+            continue
+        pattern, file = found
         if not file.exists():
             continue
-        layer = model.layers[index]
         try:
             with torch.inference_mode():
-                compiled = CompiledLayer(layer, index, pattern, file, model.calls.note_rule)
+                compiled = CompiledLayer(model.layers[index], index, pattern, file, model.calls.note_rule)
                 _check(model, index, compiled, pattern)
         except (UncompilableError, RuntimeError) as error:
-            log.warning("layer %d runs as it is, not compiled: %s", index, error)
+            refused.add(index, error)
             continue
-        layer.forward = compiled
+        model.layers[index].forward = compiled
         adopted += 1
     model.compiled = adopted
+    if refused:
+        log.warning("not all decoder layers run compiled: %s", refused)
     return adopted
 
 
-def _packages(model: GatewayModel, folder: Path) -> list[tuple[CallPattern, Path]]:
-    """For each layer how it is called, and the folder of its compiled form."""
+class Refusals:
+    """Which layers are not compiled, and why."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, list[int]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._layers)
+
+    def __str__(self) -> str:
+        return "; ".join(f"layers {', '.join(map(str, layers))}: {reason}" for reason, layers in self._layers.items())
+
+    def add(self, layer: int, error: Exception) -> None:
+        """Note that `layer` is not."""
+        self._layers.setdefault(_one_line(error), []).append(layer)
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[0] if lines else "it gave no reason"
+    return (said if isinstance(error, _FOR_PEOPLE) else f"{type(error).__name__}: {said}")[:300]
+
+
+def _packages(model: GatewayModel, folder: Path) -> list[tuple[CallPattern, Path] | UncompilableError]:
+    """For each layer how it is called, and the folder of its compiled form; or why it has none."""
     called = patterns(model.layers, lambda rows: model.rehearse(rows, Echo(), Echo.experts))
-    return [(pattern, folder / signature(layer, pattern)) for layer, pattern in zip(model.layers, called, strict=True)]
+    return [
+        pattern if isinstance(pattern, UncompilableError) else (pattern, folder / signature(layer, pattern))
+        for layer, pattern in zip(model.layers, called, strict=True)
+    ]
 
 
 def _check(model: GatewayModel, index: int, compiled: CompiledLayer, pattern: CallPattern) -> None:
@@ -116,14 +153,22 @@ class Compilation:
             self._thread.join()
 
     def _run(self) -> None:
+        # Compilers are untidy, and killed ones most of all: theirs is a folder that goes with them.
+        with tempfile.TemporaryDirectory(prefix="evermoe-compilation-", ignore_cleanup_errors=True) as scratch:
+            self._compile(scratch)
+
+    def _compile(self, scratch: str) -> None:
         with self._lock:
             if self._closed:
                 return
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(self._folder / "build")}, start_new_session=True,
+                start_new_session=True, env={**os.environ, **_ENVIRONMENT, "TMPDIR": scratch,
+                                             "TORCHINDUCTOR_CACHE_DIR": scratch},
             )  # fmt: skip
         _, said = self._process.communicate()
+        for half_done in self._folder.glob(f"*.{self._process.pid}"):
+            shutil.rmtree(half_done, ignore_errors=True)
         if self._process.returncode and not self._closed:
             reason = said.decode(errors="replace").strip().splitlines()
             log.warning("decoder layers are not compiled: %s", reason[-1] if reason else "the compiler was killed")
@@ -131,18 +176,51 @@ class Compilation:
             self._done()
 
 
-def main() -> None:
-    """Compile, for each kind of layer, what the folder does not have yet."""
-    store, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    os.nice(_LOWEST_PRIORITY)
-    ctypes.CDLL(None).prctl(_TERMINATED_WITH_PARENT, signal.SIGKILL)
-    torch.set_num_threads(1)
+def compile_layers(store: Path, folder: Path) -> Refusals:
+    """Compile, for each kind of layer, what the folder does not have yet; say which kinds can't be compiled.
+
+    Raises StoreError or ModelError for a store that can't be served, RuntimeError where nothing can be compiled.
+    """
+    native_code.need_compiler()
     model = load_model(ExpertStore.open(store), experts=Echo.experts)
     folder.mkdir(parents=True, exist_ok=True)
     paged_decode.build(folder)
-    for layer, (pattern, file) in zip(model.layers, _packages(model, folder), strict=True):
-        if not file.exists():
-            package(layer, pattern, file)
+    refused = Refusals()
+    tried: dict[Path, Exception | None] = {}
+    for index, found in enumerate(_packages(model, folder)):
+        if isinstance(found, UncompilableError):
+            refused.add(index, found)
+            continue
+        pattern, file = found
+        if file not in tried:
+            tried[file] = None if file.exists() else _package(model.layers[index], pattern, file)
+        if (failure := tried[file]) is not None:
+            refused.add(index, failure)
+    return refused
+
+
+def _package(layer: nn.Module, pattern: CallPattern, file: Path) -> Exception | None:
+    """What hindered it; exporting modeling code fails in more ways than torch has names for."""
+    try:
+        package(layer, pattern, file)
+    except Exception as error:
+        return error
+    return None
+
+
+def main() -> None:
+    """Compile at the lowest priority, as long as the parent lives; exit with one line where not all can be."""
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m gateway.compilation STORE FOLDER")
+    os.nice(_LOWEST_PRIORITY)
+    ctypes.CDLL(None).prctl(_TERMINATED_WITH_PARENT, signal.SIGKILL)
+    torch.set_num_threads(1)
+    try:
+        refused = compile_layers(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (StoreError, ModelError, RuntimeError, OSError) as error:
+        sys.exit(_one_line(error))
+    if refused:
+        sys.exit(str(refused))
 
 
 if __name__ == "__main__":

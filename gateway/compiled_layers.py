@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import transformers
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from gateway import layer_ops
+from gateway import layer_ops, native_code
 from gateway.masks import MaskRule
 from gateway.packed_linear import number_products
 
@@ -71,7 +72,7 @@ class CallPattern:
         return read
 
 
-def patterns(layers: list[nn.Module], run: Callable[[int], object]) -> list[CallPattern]:
+def patterns(layers: list[nn.Module], run: Callable[[int], object]) -> list[CallPattern | UncompilableError]:
     """Watch two forwards, of 2 and of 3 rows (`run` takes their number), and note how each layer is called."""
     seen: list[list[tuple[list[Any], Any, Any]]] = [[] for _ in layers]
 
@@ -85,7 +86,16 @@ def patterns(layers: list[nn.Module], run: Callable[[int], object]) -> list[Call
     finally:
         for hook in hooks:
             hook.remove()
-    return [_pattern(*calls) for calls in seen]
+    return [_pattern_or_reason(calls) for calls in seen]
+
+
+def _pattern_or_reason(calls: list[tuple[list[Any], Any, Any]]) -> CallPattern | UncompilableError:
+    try:
+        if len(calls) != 2:
+            raise UncompilableError("the model does not call each of its layers once")
+        return _pattern(*calls)
+    except UncompilableError as reason:
+        return reason
 
 
 def _pattern(two: tuple[list[Any], Any, Any], three: tuple[list[Any], Any, Any]) -> CallPattern:
@@ -148,7 +158,7 @@ class _Traceable(nn.Module):
 
 def signature(layer: nn.Module, pattern: CallPattern) -> str:
     """Names what a compiled layer depends on: equal for layers that can share one."""
-    parts: list[Any] = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
+    parts: list[Any] = [native_code.made_for(), transformers.__version__]
     parts += [_sources(), pattern.spec, pattern.growing, pattern.tuple_out]
     parts += [leaf if isinstance(leaf, _SCALARS) else type(leaf).__name__ for leaf in pattern.leaves]
     for name, module in layer.named_modules():
@@ -167,36 +177,45 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def package(layer: nn.Module, pattern: CallPattern, folder: Path) -> None:
-    """Compile `layer` into `folder`, whole or not at all; takes ten seconds of a core."""
+def export(layer: nn.Module, pattern: CallPattern) -> torch.export.ExportedProgram:
+    """The layer as a program for any number of rows: the pattern's tensors and the layer's number to its rows."""
     number_products(layer)
     tensors = [
         _grown(pattern.leaves[i], growing, 8) for i, growing in zip(pattern.tensors, pattern.growing, strict=True)
     ]
     shapes = [dict.fromkeys(growing, torch.export.Dim.DYNAMIC) or None for growing in pattern.growing]
     with torch.no_grad():
-        program = torch.export.export(
+        return torch.export.export(
             _Traceable(layer, pattern), (*tensors, torch.tensor(0)), dynamic_shapes=((*shapes, None),)
         )
-        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            archive = f"{aside}/layer.pt2"
-            torch._inductor.aoti_compile_and_package(
-                program,
-                package_path=archive,
-                # One thread: what is left between the products is small, and waking another costs more than it is.
-                inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.threads": 1},
-            )
-            # Unpacked once: packed, it would be unpacked by every process that loads it, for each of its layers.
-            with zipfile.ZipFile(archive) as packed:
-                packed.extractall(f"{aside}/unpacked")
-            next(Path(aside, "unpacked").iterdir()).rename(folder)
+
+
+def package(layer: nn.Module, pattern: CallPattern, folder: Path) -> None:
+    """Compile `layer` into `folder`, whole or not at all; takes ten seconds of a core."""
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder.parent, suffix=f".{os.getpid()}") as aside:
+        archive = f"{aside}/layer.pt2"
+        torch._inductor.aoti_compile_and_package(
+            export(layer, pattern),
+            package_path=archive,
+            inductor_configs={
+                "aot_inductor.package_constants_in_so": False,
+                # Small ones are written into the code otherwise, and other layers have others.
+                "always_keep_tensor_constants": True,
+                # One: what is left between the products is small, and waking a second thread costs more than it is.
+                "cpp.threads": 1,
+            },
+        )
+        # Unpacked once: packed, it would be unpacked by every process that loads it, for each of its layers.
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(f"{aside}/unpacked")
+        next(Path(aside, "unpacked").iterdir()).rename(folder)
 
 
 def _grown(tensor: torch.Tensor, growing: tuple[int, ...], rows: int) -> torch.Tensor:
     """A tensor like one that was seen, with `rows` rows."""
     shape = [rows if d in growing else size for d, size in enumerate(tensor.shape)]
-    if tensor.dtype.is_floating_point:
-        return torch.randn(shape).to(tensor.dtype)
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        return torch.randn(shape, dtype=torch.cfloat if tensor.is_complex() else None).to(tensor.dtype)
     return torch.arange(rows, dtype=tensor.dtype).expand(shape).clone()
 
 

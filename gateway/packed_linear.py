@@ -66,7 +66,7 @@ class SharedInput:
         """The product of the linear number `index`."""
 
         def product(rows: torch.Tensor) -> torch.Tensor:
-            if rows is not self._rows:
+            if index == 0 or rows is not self._rows:
                 self._rows, self._parts = rows, torch.split_with_sizes(self.whole(rows), self._sizes, dim=-1)
             part = self._parts[index]
             if index == len(self._sizes) - 1:

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import torch
+
+from gateway import native_code
+
+log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _LANES = 16
 """Head dimensions must be a multiple of the widest vector, in numbers."""
+_kernel: Callable[..., torch.Tensor] | None = None
+"""Set once, when it is loaded."""
 
 
 def library(folder: Path) -> Path:
     """The kernel's file in `folder`: named by what it is made of and for."""
-    made_of = f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {_SOURCE.read_text()}"
+    made_of = f"{native_code.made_for()} {_SOURCE.read_text()}"
     return folder / f"paged_decode-{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
 
 
 def build(folder: Path) -> None:
-    """Compile the kernel into `folder`, whole or not at all; raise RuntimeError where there is no compiler."""
+    """Compile the kernel into `folder`, whole or not at all; raise RuntimeError where that can't be done."""
     from torch._inductor import cpp_builder, cpu_vec_isa
 
+    native_code.need_compiler()
     target = library(folder)
     if target.exists():
         return
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
+    with tempfile.TemporaryDirectory(dir=folder, suffix=f".{os.getpid()}") as aside:
         builder = cpp_builder.CppBuilder(
             name="paged_decode",
             sources=str(_SOURCE),
@@ -37,20 +44,26 @@ def build(folder: Path) -> None:
             BuildOption=cpp_builder.CppTorchOptions(vec_isa=cpu_vec_isa.pick_vec_isa()),
         )
         builder.build()
-        shutil.copyfile(builder.get_target_file_path(), f"{target}.{os.getpid()}")
-    Path(f"{target}.{os.getpid()}").replace(target)
+        Path(builder.get_target_file_path()).replace(target)
 
 
 def load(folder: Path) -> bool:
     """Load the kernel from `folder` if it is there; whether it is loaded now."""
-    if not loaded() and library(folder).exists():
-        torch.ops.load_library(str(library(folder)))  # type: ignore[no-untyped-call]
+    global _kernel
+    file = library(folder)
+    if _kernel is None and file.exists():
+        try:
+            if not hasattr(torch.ops.evermoe, "paged_decode"):  # a process registers it once
+                torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
+            _kernel = torch.ops.evermoe.paged_decode.default
+        except (OSError, AttributeError) as error:
+            log.warning("decoding rows attend without the compiled kernel: %s can't be loaded (%s)", file, error)
     return loaded()
 
 
 def loaded() -> bool:
     """Whether this process has the kernel."""
-    return hasattr(torch.ops.evermoe, "paged_decode")
+    return _kernel is not None
 
 
 def takes(keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -73,5 +86,5 @@ def paged_decode(
     Queries [Hq, B, Dk], pools [Hkv, blocks, block_size, D], block tables [B, W] and lengths [B] (int64), an additive
     mask [B, S] and sinks [Hq] in fp32 or None; outputs [B, Hq, Dv].
     """
-    out = torch.ops.evermoe.paged_decode(query, keys, values, tables, lengths, scaling, mask, sinks)
-    return cast(torch.Tensor, out)
+    assert _kernel is not None
+    return _kernel(query, keys, values, tables, lengths, scaling, mask, sinks)

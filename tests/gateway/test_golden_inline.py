@@ -13,6 +13,7 @@ from gateway.batch import build_batch
 from gateway.engine import Engine, EngineSettings
 from gateway.kv_cache import KVCache
 from gateway.messages import SamplingParams
+from gateway.row_groups import RowGroup, group_rows
 from gateway.scheduler import Work
 from gateway.sequence import Sequence
 from tests.checkpoints import FAMILIES
@@ -69,6 +70,47 @@ def test_windows_smaller_than_the_prompt_hold_across_chunks(family_of: FamilyOf,
     asked = prompts(70, 41, seed=8)
     answers = answer_all(one.engine(token_budget=9, max_sequences=2), asked)
     assert answers == [one.generate(prompt, 32) for prompt in asked]
+
+
+@pytest.fixture
+def chunk_groups(monkeypatch: pytest.MonkeyPatch) -> list[RowGroup]:
+    """Groups of several sequences' chunks, as attention meets them."""
+    met: list[RowGroup] = []
+
+    def spy(*args: Any, **kwargs: Any) -> list[RowGroup]:
+        groups = group_rows(*args, **kwargs)
+        met.extend(group for group in groups if not group.decodes and len(group.blocks) > 1)
+        return groups
+
+    monkeypatch.setattr(attention, "group_rows", spy)
+    return met
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_equal_chunks_are_attended_together(family_of: FamilyOf, family: str, chunk_groups: list[RowGroup]) -> None:
+    one = family_of(family)
+    asked = prompts(13, 13, 13, 7, 7, seed=5)
+    engine = one.engine(token_budget=64, max_sequences=6)
+    assert answer_all(engine, asked) == [one.generate(prompt, 32) for prompt in asked]
+    assert [(len(group.blocks), group.count, group.from_start) for group in chunk_groups] == [
+        (2, 7, True), (3, 13, True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_equal_chunks_behind_a_cached_prefix_are_attended_together(
+    family_of: FamilyOf, family: str, chunk_groups: list[RowGroup]
+) -> None:
+    one = family_of(family)
+    [prefix] = prompts(12, seed=9)
+    asked = [[*prefix, *tail] for tail in prompts(5, 5, 5, seed=10)]
+    engine = one.engine(token_budget=64, max_sequences=6)
+    answer_all(engine, [[*prefix, 1]])
+    answers = answer_all(engine, asked)
+    assert answers == [one.generate(prompt, 32) for prompt in asked]
+    assert len({tuple(answer) for answer in answers}) == 3
+    [group] = chunk_groups
+    assert (group.positions[:, 0].tolist(), group.count, group.from_start) == ([12] * 3, 5, False)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
