@@ -156,7 +156,9 @@ class Gateway:
         """The dispatcher with the fleet it uses; an expert's inline copy is unmapped once replicas cover it."""
         manifest, policy = self._store.manifest, self._policy
         prefer = policy.gateway.inline == "prefer"
-        inline = self._inline = ExpertFFN(self._store, _device(policy.gateway.device) if prefer else "cpu", packed=prefer)
+        inline = self._inline = ExpertFFN(
+            self._store, _device(policy.gateway.device) if prefer else "cpu", packed=prefer
+        )
 
         def changed(table: DispatchTable) -> None:
             if not prefer:
