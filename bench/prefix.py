@@ -12,12 +12,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bench import models
 from bench.report import finish, options
 from bench.service import Service, serving
-from deploy.models import DEFAULT_MODEL
 
 BAR = 5.0
-PREFIX, TAIL, REQUESTS = 1920, 16, 32
+PREFIX, TAIL, REQUESTS = 512, 16, 32
 VOCABULARY = 4096
 POLICY = "experts: {replicas: 0}"  # no replicas that start meanwhile: what is compared is the gateway's own work
 
@@ -29,7 +29,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         policy = Path(name, "policy.yaml")
         policy.write_text(POLICY)
-        with serving([str(DEFAULT_MODEL), "--policy", str(policy)], Path(name, "cache")) as service:
+        with serving([str(models.mid()), "--policy", str(policy)], Path(name, "cache")) as service:
             service.first_token()
             raw = _measure(service, rounds)
     cold, warm = statistics.median(raw["cold_s"]), statistics.median(raw["warm_s"])

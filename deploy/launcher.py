@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 APP = "evermoe"
 
 _WORKER_ENVIRONMENT = {
-    # Bounded spinning keeps OpenMP fast without letting idle threads of one process take another's core.
-    "GOMP_SPINCOUNT": "20000",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray's workers yield to every other process of the host (niceness 15): a gateway must not.
+    "RAY_worker_niceness": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }

@@ -24,8 +24,9 @@ class GatewayReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, store: str, policy: Policy, redis_url: str, namespace: str, compiled: str
     ) -> None:
-        # Waiting threads spin only briefly: api, replicas and system want the cores too. Read when torch is imported.
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        # How long OpenMP's threads spin before they sleep, read when torch is imported: replicas on the same host want
+        # the cores while the gateway waits for them; without replicas nobody does, and waking up costs more.
+        os.environ.setdefault("GOMP_SPINCOUNT", "300000" if policy.gateway.inline == "prefer" else "20000")
         from gateway.gateway import Gateway
 
         self._gateway = Gateway(

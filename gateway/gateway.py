@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -102,10 +103,19 @@ class Gateway:
         starting = asyncio.create_task(self._start_experts(), name="start-experts")
         self._exits.callback(starting.cancel)
         self._exits.callback(self._dispatcher.stop_waiting)
+        if self._policy.gateway.inline == "prefer":
+            loading = threading.Thread(target=self._load_experts, name="load-experts", daemon=True)
+            loading.start()
+            self._exits.push_async_callback(asyncio.to_thread, loading.join)
         if self._policy.gateway.compile and self._compiled is not None and model.device.type == "cpu":
             compiling = asyncio.create_task(self._compile(self._compiled), name="compile")
             self._exits.callback(compiling.cancel)
         return self
+
+    def _load_experts(self) -> None:
+        """Before they are asked for: packing an expert takes as long as reading it."""
+        for expert in range(self._store.manifest.num_experts):
+            self._inline.load(expert)
 
     async def _compile(self, folder: Path) -> None:
         """Take over compiled layers: those of an earlier start at once, the others when they are there."""
@@ -146,7 +156,9 @@ class Gateway:
         """The dispatcher with the fleet it uses; an expert's inline copy is unmapped once replicas cover it."""
         manifest, policy = self._store.manifest, self._policy
         prefer = policy.gateway.inline == "prefer"
-        inline = ExpertFFN(self._store, _device(policy.gateway.device) if prefer else "cpu", packed=prefer)
+        inline = self._inline = ExpertFFN(
+            self._store, _device(policy.gateway.device) if prefer else "cpu", packed=prefer
+        )
 
         def changed(table: DispatchTable) -> None:
             if not prefer:

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from experts.wire.frame import Segment
 from experts.wire.server import ExpertServer, NotServedError
 from experts.wire.sockets import host_id
-from gateway.dispatch import Dispatcher
+from gateway.dispatch import Dispatcher, NoReplicaError
 from gateway.fleet import Fleet
+from gateway.inline_choice import InlineChoice
+from placement.cost import Speed
 from recovery.directory import Directory, ReplicaEntry
 from recovery.lease import Lease
 from recovery.redis_server import RedisServer
@@ -273,3 +275,54 @@ def property_cluster(redis: RedisServer) -> Iterator[Cluster]:
         cluster.add("b", [1, 2, 3])
         cluster.add("c", [2, 3], tcp=True)
         yield cluster
+
+
+def test_with_prefer_rows_stay_here_though_replicas_serve_them(make: Callable[..., Cluster]) -> None:
+    cluster = make()
+    cluster.dispatcher = Dispatcher(
+        cluster.fleet, cluster.inline, EXPERTS, 1, 5.0, choice=InlineChoice(Speed(1e-9, 1e-12))  # type: ignore[arg-type]
+    )  # fmt: skip
+    cluster.add("all", range(EXPERTS))
+    cluster.check()
+    assert cluster.calls("inline")
+    assert not cluster.calls("replica")
+
+
+def test_with_prefer_replicas_get_what_they_do_faster(make: Callable[..., Cluster]) -> None:
+    cluster = make()
+    cluster.dispatcher = Dispatcher(
+        cluster.fleet, cluster.inline, EXPERTS, 1, 5.0, choice=InlineChoice(Speed(1.0, 1.0))  # type: ignore[arg-type]
+    )  # fmt: skip
+    cluster.exits.callback(cluster.dispatcher.close)
+    for number in range(EXPERTS):
+        cluster.add(str(number), [number])
+    cluster.check()
+    assert cluster.calls("replica")
+    assert not cluster.calls("inline")
+
+
+def test_with_never_a_step_waits_for_a_replica(make: Callable[..., Cluster]) -> None:
+    cluster = make()
+    cluster.dispatcher = Dispatcher(
+        cluster.fleet, cluster.inline, EXPERTS, 1, 5.0, may_inline=False  # type: ignore[arg-type]
+    )  # fmt: skip
+    cluster.exits.callback(cluster.dispatcher.close)
+    step = threading.Thread(target=cluster.check)
+    step.start()
+    step.join(0.3)
+    assert step.is_alive()
+    cluster.add("all", range(EXPERTS))
+    step.join(10)
+    assert not step.is_alive()
+    assert cluster.inline.rows == 0
+    assert cluster.calls("replica")
+
+
+def test_with_never_a_step_that_waits_fails_when_the_gateway_ends(make: Callable[..., Cluster]) -> None:
+    cluster = make()
+    dispatcher = Dispatcher(cluster.fleet, cluster.inline, EXPERTS, 1, 5.0, may_inline=False)  # type: ignore[arg-type]
+    ending = threading.Timer(0.2, dispatcher.stop_waiting)
+    ending.start()
+    with pytest.raises(NoReplicaError, match="has no replica"):
+        dispatcher(1, torch.ones(1, WIDTH), torch.tensor([[0, 1]]), torch.ones(1, 2))
+    ending.join()
