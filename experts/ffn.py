@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from experts import expert_ffn
 from experts.manifest import SliceForm
 from experts.matrix import PackedMatrix, PlainMatrix, packable
 from experts.store import ExpertStore
@@ -52,6 +53,8 @@ class ExpertFFN:
     def __init__(self, store: ExpertStore, device: torch.device | str = "cpu", *, packed: bool = False) -> None:
         self.device = torch.device(device)
         self._packed = packed
+        form = store.manifest.form
+        self._fusable = form.gated and form.activation == "silu" and not form.bias and not form.normed
         self._store = store
         self._form = store.manifest.form
         self._slices: dict[int, dict[int, SliceWeights]] = {}
@@ -109,6 +112,10 @@ class ExpertFFN:
     ) -> None:
         if not weights:
             return
+        if self._fuses(weights[0], rows):
+            up, down = [w.up for w in weights], [w.down for w in weights]
+            expert_ffn.expert_ffn(rows, counts, up, down, out)  # type: ignore[arg-type]
+            return
         # All first products, one activation for all rows, all second products: fewer and longer operations.
         parts = torch.split_with_sizes(rows, counts)
         inner = _join([slice_.up(part) for slice_, part in zip(weights, parts, strict=True)])
@@ -116,6 +123,11 @@ class ExpertFFN:
         torch.cat([slice_.down(part) for slice_, part in zip(weights, parts, strict=True)], out=out)
         if self._form.normed:
             out.copy_(self._modules[layer].post_expert_norm(out))  # type: ignore[operator]
+
+    def _fuses(self, weights: SliceWeights, rows: torch.Tensor) -> bool:
+        """Whether the compiled kernel computes such slices."""
+        packed = self._fusable and isinstance(weights.up, PackedMatrix)
+        return packed and expert_ffn.takes(rows, weights.up.out_features // 2)
 
     def _activate(self, layer: int, inner: torch.Tensor) -> torch.Tensor:
         activation = _ACTIVATIONS.get(self._form.activation or "")

@@ -28,12 +28,12 @@ class PackedMatrix:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.out_features = weight.shape[0]
-        self._bias = bias
-        self._weight: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        self.bias = bias
+        self.weight: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows `[..., in]` to `[..., out]`."""
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         return result
 
 

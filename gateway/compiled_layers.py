@@ -22,7 +22,8 @@ import transformers
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from gateway import layer_ops, native_code
+from experts import native_code
+from gateway import layer_ops
 from gateway.masks import MaskRule
 from gateway.packed_linear import number_products
 

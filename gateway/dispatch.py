@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from experts import expert_ffn
 from experts.ffn import ExpertFFN
 from experts.wire.arena import Arena
 from experts.wire.channel import Call, CallRefusedError
@@ -74,13 +75,13 @@ class Dispatcher:
     ) -> torch.Tensor:
         """Run ``hidden [T, H]`` through the experts ``top_k_index [T, K]`` and sum them by ``top_k_weights [T, K]``."""
         self._times.start()
-        rows = self.rows(layer, hidden, top_k_index)
-        summed = combine(rows, top_k_weights)
+        rows, place = self._rows(layer, hidden, top_k_index)
+        summed = combine(rows, place, top_k_weights).to(hidden.device)
         self._times.end("combine")
         return summed
 
-    def rows(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
-        """What the experts ``top_k_index [T, K]`` make of ``hidden [T, H]``, before the sum: ``[T, K, H]``."""
+    def _rows(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the experts make of the rows, before the sum, and where in it the k-th of row t is: at ``t * K + k``."""
         top_k = top_k_index.shape[1]
         choice = top_k_index.reshape(-1).cpu().numpy()
         counts = np.bincount(choice, minlength=self._experts).tolist()
@@ -88,7 +89,7 @@ class Dispatcher:
         if remote and self._choice is not None and self._choice.here([parts for _, parts in remote], inline):
             remote, inline = assign(counts, lambda expert: (), self._min_rows, 0)
         if not remote and len(hidden) == 1:
-            return self._single_row(layer, hidden, choice.tolist())
+            return self._single_row(layer, hidden, choice.tolist()), torch.arange(top_k)
         order = np.argsort(choice, kind="stable")
         if not remote:
             sorted_rows, laid = self._all_inline(layer, hidden, order // top_k, inline), np.arange(len(order))
@@ -97,8 +98,7 @@ class Dispatcher:
             sorted_rows, laid = self._run(batch, "replica", frozenset(), remote, inline)
         place = np.empty_like(order)
         place[order[laid]] = np.arange(len(order))
-        results = sorted_rows.index_select(0, torch.from_numpy(place)).view(len(hidden), top_k, -1)
-        return results.to(hidden.device)
+        return sorted_rows, torch.from_numpy(place)
 
     def _assign(
         self, layer: int, counts: list[int], avoid: frozenset[str]
@@ -118,7 +118,7 @@ class Dispatcher:
 
     def _single_row(self, layer: int, hidden: torch.Tensor, experts: list[int]) -> torch.Tensor:
         """One row needs no sorting: each of its experts reads it where it is."""
-        return self._inline_rows(layer, hidden.expand(len(experts), -1), [Part(e, 0, 1) for e in experts])[None]
+        return self._inline_rows(layer, hidden.expand(len(experts), -1), [Part(e, 0, 1) for e in experts])
 
     def _all_inline(self, layer: int, hidden: torch.Tensor, source: _Index, parts: list[Part]) -> torch.Tensor:
         """Without replicas rows need no shared memory."""
@@ -284,6 +284,9 @@ def _usable(table: DispatchTable, layer: int, expert: int, avoid: frozenset[str]
     return [link for link in links if link.entry.id not in avoid] if avoid else links
 
 
-def combine(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum ``rows [T, K, H]`` by ``weights [T, K]`` in fp32, k by k; ``[T, H]`` in the rows' dtype."""
-    return torch.bmm(weights.float().unsqueeze(1), rows.float()).squeeze(1).to(rows.dtype)
+def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum ``rows[place]`` (``[T * K, H]``) by ``weights [T, K]`` in fp32, k by k; ``[T, H]`` in the rows' dtype."""
+    if expert_ffn.takes(rows, 0):
+        return expert_ffn.weighted_sum(rows, place, weights)
+    mine = rows.index_select(0, place.to(rows.device)).view(*weights.shape, -1)
+    return torch.bmm(weights.float().to(rows.device).unsqueeze(1), mine.float()).squeeze(1).to(rows.dtype)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from gateway import native_code
-
-log = logging.getLogger(__name__)
+from experts import native_code
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _LANES = 16
@@ -23,41 +17,20 @@ _kernel: Callable[..., torch.Tensor] | None = None
 
 
 def library(folder: Path) -> Path:
-    """The kernel's file in `folder`: named by what it is made of and for."""
-    made_of = f"{native_code.made_for()} {_SOURCE.read_text()}"
-    return folder / f"paged_decode-{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
+    """The kernel's file in `folder`."""
+    return native_code.library(_SOURCE, folder)
 
 
 def build(folder: Path) -> None:
     """Compile the kernel into `folder`, whole or not at all; raise RuntimeError where that can't be done."""
-    from torch._inductor import cpp_builder, cpu_vec_isa
-
-    native_code.need_compiler()
-    target = library(folder)
-    if target.exists():
-        return
-    with tempfile.TemporaryDirectory(dir=folder, suffix=f".{os.getpid()}") as aside:
-        builder = cpp_builder.CppBuilder(
-            name="paged_decode",
-            sources=str(_SOURCE),
-            output_dir=aside,
-            BuildOption=cpp_builder.CppTorchOptions(vec_isa=cpu_vec_isa.pick_vec_isa()),
-        )
-        builder.build()
-        Path(builder.get_target_file_path()).replace(target)
+    native_code.build(_SOURCE, folder)
 
 
 def load(folder: Path) -> bool:
     """Load the kernel from `folder` if it is there; whether it is loaded now."""
     global _kernel
-    file = library(folder)
-    if _kernel is None and file.exists():
-        try:
-            if not hasattr(torch.ops.evermoe, "paged_decode"):  # a process registers it once
-                torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
-            _kernel = torch.ops.evermoe.paged_decode.default
-        except (OSError, AttributeError) as error:
-            log.warning("decoding rows attend without the compiled kernel: %s can't be loaded (%s)", file, error)
+    if _kernel is None and native_code.load(_SOURCE, folder):
+        _kernel = torch.ops.evermoe.paged_decode.default
     return loaded()
 
 

@@ -54,3 +54,21 @@ def redis_url() -> Iterator[str]:
     """A real Redis server for the session."""
     with RedisServer() as server:
         yield server.url
+
+
+@pytest.fixture(scope="session")
+def compiled_folder() -> Iterator[Path]:
+    """A folder with the compiled kernels, made once a session; compiled layers may be put there too."""
+    from experts import expert_ffn
+    from experts.native_code import NoCompilerError
+    from gateway import paged_decode
+
+    folder = Path(tempfile.mkdtemp(prefix="evermoe-"))
+    try:
+        paged_decode.build(folder)
+        expert_ffn.build(folder)
+        yield folder
+    except NoCompilerError as error:
+        pytest.skip(str(error))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

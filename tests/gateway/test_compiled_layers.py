@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from gateway import compilation, compiled_layers, layer_ops, native_code, paged_decode
+from experts import expert_ffn, native_code
+from gateway import compilation, compiled_layers, layer_ops, paged_decode
 from gateway.compilation import Compilation, Echo, adopt, compile_layers
 from gateway.compiled_layers import CallPattern, CompiledLayer, UncompilableError
 from gateway.masks import MaskRule
@@ -55,12 +56,17 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> FamilyOf:
     return of
 
 
+def copy_kernels(source: Path, target: Path) -> None:
+    for kernel in source.glob("*.so"):
+        shutil.copy(kernel, target)
+
+
 @pytest.fixture(scope="module")
 def folders(family_of: FamilyOf, compiled_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What is compiled of each of `COMPILED`: one beside this process, as gateways do it, and the others in it."""
     made = {family: tmp_path_factory.mktemp(f"compiled-{family}") for family in COMPILED}
     for folder in made.values():
-        shutil.copy(paged_decode.library(compiled_folder), folder)
+        copy_kernels(compiled_folder, folder)
     done = threading.Event()
     beside = Compilation(family_of("mixtral").store.path, made["mixtral"], done.set)
     beside.start()
@@ -164,7 +170,8 @@ def test_layers_of_one_kind_share_a_package(family_of: FamilyOf, folders: dict[s
 
 def test_a_compilation_leaves_whole_files_and_nothing_else(folders: dict[str, Path]) -> None:
     for folder in folders.values():
-        assert {*folder.iterdir()} == {paged_decode.library(folder), *packages(folder)}
+        kernels = {paged_decode.library(folder), expert_ffn.library(folder)}
+        assert {*folder.iterdir()} == {*kernels, *packages(folder)}
         assert all(len(package.name) == 24 for package in packages(folder))
 
 
@@ -297,7 +304,7 @@ def test_a_kind_that_fails_does_not_keep_the_others_from_being_compiled(
             raise NotImplementedError("torch can't\nsecond line")
         folder.mkdir()
 
-    shutil.copy(paged_decode.library(compiled_folder), tmp_path)
+    copy_kernels(compiled_folder, tmp_path)
     monkeypatch.setattr(compilation, "package", package)
     refused = compile_layers(family_of("deepseek_v3").store.path, tmp_path)
     assert str(refused) == "layers 2, 3: NotImplementedError: torch can't"
@@ -311,7 +318,7 @@ def test_a_package_that_another_process_made_meanwhile_will_do(
         folder.mkdir()
         raise OSError("Directory not empty")
 
-    shutil.copy(paged_decode.library(compiled_folder), tmp_path)
+    copy_kernels(compiled_folder, tmp_path)
     monkeypatch.setattr(compilation, "package", package)
     assert not compile_layers(family_of("mixtral").store.path, tmp_path)
 

@@ -12,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway import native_code, paged_decode
+from experts import native_code
+from gateway import paged_decode
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
@@ -303,10 +304,12 @@ def test_what_is_built_is_not_built_again(compiled_folder: Path) -> None:
     assert [path.name for path in compiled_folder.glob("paged_decode*")] == [file.name]
 
 
-def test_without_a_compiler_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_there_is_one_sentence(tmp_path: Path) -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", "no-such-compiler")
-    with pytest.raises(native_code.NoCompilerError, match=r"no C\+\+ compiler here; install"):
+    with (
+        config.patch({"cpp.cxx": "no-such-compiler"}),
+        pytest.raises(native_code.NoCompilerError, match=r"no C\+\+ compiler here; install"),
+    ):
         paged_decode.build(tmp_path)
     assert not list(tmp_path.iterdir())
