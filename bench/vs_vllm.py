@@ -127,21 +127,20 @@ def _ratios(runs: dict[str, list[dict[str, float]]]) -> tuple[float, float]:
 
 
 def _tell(setup: Setup, clients: int, runs: dict[str, Any], before: dict[str, float], after: dict[str, float]) -> None:
+    print(f"{setup.name}, {clients} clients")
     for name in ("vllm", "evermoe"):
-        speed, ttft, tpot = (
+        tokens, first, each = (
             _median(runs[name], key) for key in ("output_throughput", "median_ttft_ms", "median_tpot_ms")
         )
-        print(
-            f"{setup.name}, {clients:2d} clients: {name:7s} {speed:6.1f} tok/s, TTFT {ttft:6.1f}, TPOT {tpot:5.1f} ms"
-        )
+        print(f"  {name:8s} {tokens:6.1f} tok/s, TTFT {first:6.1f} ms, TPOT {each:5.1f} ms")
     steps = max(after["steps"] - before["steps"], 1)
     spent = {phase: 1000 * (after[phase] - before[phase]) / steps for phase in after if phase != "steps"}
     experts = sum(spent[phase] for phase in ("dispatch", "inline", "wait", "combine"))
     spent["attention side"] = spent.pop("forward") - experts
     breakdown = ", ".join(f"{phase} {ms:.2f}" for phase, ms in spent.items())
-    print(
-        f"  speed {speed:.2f}x (bar {setup.bars[clients]:.1f}x), TTFT {ttft:.2f}x; ms a step: {breakdown}", flush=True
-    )
+    speed, ttft = _ratios(runs)
+    print(f"  {speed:.2f}x the speed (bar {setup.bars[clients]:.1f}x), {ttft:.2f}x the time to first token")
+    print(f"  ms a step: {breakdown}", flush=True)
 
 
 if __name__ == "__main__":
