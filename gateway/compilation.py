@@ -54,7 +54,7 @@ class Echo:
 
     @staticmethod
     def experts(layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """See `gateway.model.ExpertsFunction`."""
+        """See `gateway.layer_calls.ExpertsFunction`."""
         return (hidden.float() * (weights.float() * (index + 1)).sum(-1, keepdim=True)).to(hidden.dtype)
 
 
@@ -119,13 +119,9 @@ def _packages(model: GatewayModel, folder: Path) -> list[tuple[CallPattern, Path
 
 
 def _check(model: GatewayModel, index: int, compiled: CompiledLayer, pattern: CallPattern) -> None:
-    calls = model.calls
-    calls.step, (calls.answer, served) = Echo(), (Echo.experts, calls.answer)
-    try:
-        with layer_ops.answering(calls):
-            check(model.layers[index], compiled, pattern)
-    finally:
-        calls.answer = served
+    model.calls.step = Echo()
+    with model.calls.answered_by(Echo.experts), layer_ops.answering(model.calls):
+        check(model.layers[index], compiled, pattern)
 
 
 class Compilation:

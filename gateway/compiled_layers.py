@@ -8,7 +8,6 @@ layers of one kind share it. A layer is taken over only when its compiled form g
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import tempfile
 import zipfile
@@ -26,8 +25,6 @@ from experts import native_code
 from gateway import layer_ops
 from gateway.masks import MaskRule
 from gateway.packed_linear import number_products
-
-log = logging.getLogger(__name__)
 
 _SCALARS = (bool, int, float, str, type(None))
 _NUMBERS_OF_ITS_OWN = ("layer_idx", "layer", "training")
@@ -233,7 +230,6 @@ class CompiledLayer:
             raise UncompilableError(f"it has a constant of its own ({unknown[0]})")
         self._weights = {name: held[own].detach() for name, own in names.items()}
         runner.load_constants(self._weights, False, True, True)
-        self._runner = runner
         self._run = runner.run
         self._tuple_out = pattern.tuple_out
         self._tensors = [pattern.reader(leaf) for leaf in pattern.tensors]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -24,6 +25,15 @@ class LayerCalls:
         """Attention of the step under way."""
         self._products = [number_products(layer) for layer in layers]
         self._rules: dict[int, MaskRule] = {}
+
+    @contextmanager
+    def answered_by(self, experts: ExpertsFunction) -> Iterator[None]:
+        """`experts` stand in for those that serve, meanwhile."""
+        self.answer, served = experts, self.answer
+        try:
+            yield
+        finally:
+            self.answer = served
 
     def linear(self, layer: int, slot: int, rows: torch.Tensor) -> torch.Tensor:
         """See `gateway.layer_ops.Callbacks`."""

@@ -39,7 +39,7 @@ class Callbacks(Protocol):
         """As `gateway.attention.Attending.attend`, by the mask rule of the layer."""
 
     def experts(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As `gateway.model.ExpertsFunction`."""
+        """As `gateway.layer_calls.ExpertsFunction`."""
 
 
 class _Thread(threading.local):

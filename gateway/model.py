@@ -108,11 +108,8 @@ class GatewayModel:
         positions = torch.arange(rows, device=self.device)
         if self.rope is not None:
             self.rope.lengths = [rows] * rows
-        self.calls.answer, served = experts, self.calls.answer
-        try:
+        with self.calls.answered_by(experts):
             self._run(torch.zeros_like(positions), positions, positions[-1:], attention)
-        finally:
-            self.calls.answer = served
 
     def _answer(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

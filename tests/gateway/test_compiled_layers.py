@@ -235,12 +235,9 @@ def kinds(model: GatewayModel) -> dict[Path, tuple[int, CallPattern]]:
 @contextmanager
 def answered_by_echo(model: GatewayModel) -> Iterator[None]:
     """Attention and experts of `model` are stand-ins meanwhile."""
-    model.calls.step, (model.calls.answer, served) = Echo(), (Echo.experts, model.calls.answer)
-    try:
-        with layer_ops.answering(model.calls):
-            yield
-    finally:
-        model.calls.answer = served
+    model.calls.step = Echo()
+    with model.calls.answered_by(Echo.experts), layer_ops.answering(model.calls):
+        yield
 
 
 class Exported:
