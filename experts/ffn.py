@@ -12,31 +12,28 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from experts import expert_ffn
+from experts import kernels
 from experts.manifest import SliceForm
-from experts.matrix import PackedMatrix, PlainMatrix, packable
+from experts.matrix import FastMatrix, PlainMatrix, packable
 from experts.store import ExpertStore
 
 _ACTIVATIONS = {"silu": F.silu}
-
-
-Matrix = PlainMatrix | PackedMatrix
 
 
 @dataclass(frozen=True)
 class SliceWeights:
     """The two products of one slice, rows `[T, in]` to `[T, out]`; `up` is gate and up projection together if gated."""
 
-    up: Matrix
-    down: Matrix
+    up: PlainMatrix
+    down: PlainMatrix
 
     @classmethod
-    def of(cls, params: dict[str, torch.Tensor], form: SliceForm, *, packed: bool) -> "SliceWeights":
-        """From a slice's parameters as the store names them: views of them, or `packed` copies."""
+    def of(cls, params: dict[str, torch.Tensor], form: SliceForm, *, fast: bool) -> "SliceWeights":
+        """From a slice's parameters as the store names them: views of them, or `fast` matrices."""
         name = "gate_up_proj" if form.gated else "up_proj"
         return cls(
             *(
-                _product(params[weight], params.get(f"{weight}_bias"), form.transposed, packed)
+                _product(params[weight], params.get(f"{weight}_bias"), form.transposed, fast)
                 for weight in (name, "down_proj")
             )
         )
@@ -46,13 +43,13 @@ class ExpertFFN:
     """The pure function of a slice on `device`, for the experts that are loaded.
 
     On a CPU the weights stay memory-mapped: loading costs no memory of its own and `unload` gives back the address
-    space. With `packed` they are copied into the kernel's layout instead: faster, in memory of this process alone.
-    Other devices get a copy. Experts may be loaded and unloaded while another thread computes.
+    space. `fast` ones (see `FastMatrix`) are copied where our kernels are not built. Other devices get a copy. Experts
+    may be loaded and unloaded while another thread computes.
     """
 
-    def __init__(self, store: ExpertStore, device: torch.device | str = "cpu", *, packed: bool = False) -> None:
+    def __init__(self, store: ExpertStore, device: torch.device | str = "cpu", *, fast: bool = False) -> None:
         self.device = torch.device(device)
-        self._packed = packed
+        self._fast = fast
         form = store.manifest.form
         self._fusable = form.gated and form.activation == "silu" and not form.bias and not form.normed
         self._store = store
@@ -113,8 +110,7 @@ class ExpertFFN:
         if not weights:
             return
         if self._fuses(weights[0], rows):
-            up, down = [w.up for w in weights], [w.down for w in weights]
-            expert_ffn.expert_ffn(rows, counts, up, down, out)  # type: ignore[arg-type]
+            kernels.expert_ffn(rows, counts, [w.up.weight for w in weights], [w.down.weight for w in weights], out)
             return
         # All first products, one activation for all rows, all second products: fewer and longer operations.
         parts = torch.split_with_sizes(rows, counts)
@@ -125,9 +121,9 @@ class ExpertFFN:
             out.copy_(self._modules[layer].post_expert_norm(out))  # type: ignore[operator]
 
     def _fuses(self, weights: SliceWeights, rows: torch.Tensor) -> bool:
-        """Whether the compiled kernel computes such slices."""
-        packed = self._fusable and isinstance(weights.up, PackedMatrix)
-        return packed and expert_ffn.takes(rows, weights.up.out_features // 2)
+        """Whether the compiled kernel computes such slices, and is the fastest way for `rows`."""
+        both = (weights.up, weights.down)
+        return self._fusable and all(isinstance(matrix, FastMatrix) and matrix.streams(rows) for matrix in both)
 
     def _activate(self, layer: int, inner: torch.Tensor) -> torch.Tensor:
         activation = _ACTIVATIONS.get(self._form.activation or "")
@@ -155,18 +151,14 @@ class ExpertFFN:
             params = {name: tensor.to(self.device) for name, tensor in params.items()}
             if self._modules:
                 _give_shared(self._modules[layer], params)
-            layers[layer] = SliceWeights.of(params, self._form, packed=self._packed)
+            layers[layer] = SliceWeights.of(params, self._form, fast=self._fast)
         return layers
 
 
-def _product(
-    weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, packed: bool
-) -> PlainMatrix | PackedMatrix:
+def _product(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, fast: bool) -> PlainMatrix:
     """The product with `weight`, `[out, in]` or, `transposed`, `[in, out]`."""
     plain = weight.t() if transposed else weight
-    if packed and packable(plain):
-        return PackedMatrix(plain.contiguous(), bias)
-    return PlainMatrix(plain, bias)
+    return FastMatrix(plain, bias) if fast and packable(plain) else PlainMatrix(plain, bias)
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from experts import expert_ffn
+from experts import kernels
 from experts.ffn import ExpertFFN
 from experts.wire.arena import Arena
 from experts.wire.channel import Call, CallRefusedError
@@ -286,7 +286,7 @@ def _usable(table: DispatchTable, layer: int, expert: int, avoid: frozenset[str]
 
 def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum ``rows[place]`` (``[T * K, H]``) by ``weights [T, K]`` in fp32, k by k; ``[T, H]`` in the rows' dtype."""
-    if expert_ffn.takes(rows, 0):
-        return expert_ffn.weighted_sum(rows, place, weights)
+    if kernels.sums(rows):
+        return kernels.weighted_sum(rows, place, weights)
     mine = rows.index_select(0, place.to(rows.device)).view(*weights.shape, -1)
     return torch.bmm(weights.float().to(rows.device).unsqueeze(1), mine.float()).squeeze(1).to(rows.dtype)

@@ -15,6 +15,7 @@ from pathlib import Path
 import redis
 import torch
 
+from experts import kernels
 from experts.ffn import ExpertFFN
 from experts.store import ExpertStore, Manifest
 from experts.wire.sockets import host_id
@@ -81,6 +82,8 @@ class Gateway:
         return self._server.healthy
 
     async def __aenter__(self) -> Gateway:
+        if self._compiled is not None:
+            kernels.load(self._compiled)
         self._directory.wait(START_S)
         secret, fingerprint = self._directory.secret(), self._store.manifest.fingerprint
         self._dispatcher = self._connect(secret)
@@ -107,7 +110,7 @@ class Gateway:
             loading = threading.Thread(target=self._load_experts, name="load-experts", daemon=True)
             loading.start()
             self._exits.push_async_callback(asyncio.to_thread, loading.join)
-        if self._policy.gateway.compile and self._compiled is not None and model.device.type == "cpu":
+        if self._compiled is not None and model.device.type == "cpu":
             compiling = asyncio.create_task(self._compile(self._compiled), name="compile")
             self._exits.callback(compiling.cancel)
         return self
@@ -156,9 +159,7 @@ class Gateway:
         """The dispatcher with the fleet it uses; an expert's inline copy is unmapped once replicas cover it."""
         manifest, policy = self._store.manifest, self._policy
         prefer = policy.gateway.inline == "prefer"
-        inline = self._inline = ExpertFFN(
-            self._store, _device(policy.gateway.device) if prefer else "cpu", packed=prefer
-        )
+        inline = self._inline = ExpertFFN(self._store, _device(policy.gateway.device) if prefer else "cpu", fast=prefer)
 
         def changed(table: DispatchTable) -> None:
             if not prefer:
