@@ -55,6 +55,8 @@ class ExpertFFN:
         self._store = store
         self._form = store.manifest.form
         self._slices: dict[int, dict[int, SliceWeights]] = {}
+        self._wholes: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        """Layer -> both weights of all its experts, where all are loaded and the kernel takes them."""
         self._modules = {} if self._form.activation else _experts_modules(store)
 
     @property
@@ -74,6 +76,7 @@ class ExpertFFN:
     def unload(self, expert: int) -> None:
         """Let go of the expert's weights, if they are loaded."""
         self._slices.pop(expert, None)
+        self._wholes.clear()
 
     def __call__(self, layer: int, expert: int, rows: torch.Tensor) -> torch.Tensor:
         """The expert's output `[T, H]` for `rows [T, H]`, without router weights; see `compute`."""
@@ -103,6 +106,27 @@ class ExpertFFN:
             result = torch.empty_like(rows, device=self.device)
             self._compute(layer, counts, weights, rows.to(self.device), result)
             out.copy_(result)
+
+    @torch.no_grad()
+    def mixture(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Rows `hidden [T, H]` through the experts `index [T, K]`, summed by `weights [T, K]`, in a single call.
+
+        None where the compiled kernel does not compute that: an expert of the model is not loaded, or of another form.
+        """
+        experts = self._store.manifest.num_experts
+        if len(self._slices) < experts:
+            return None
+        if layer not in self._wholes:
+            every = [self._slice(layer, expert) for expert in range(experts)]
+            if not all(self._fuses(slice_, hidden) for slice_ in every):
+                return None
+            self._wholes[layer] = [s.up.weight for s in every], [s.down.weight for s in every]
+        if not kernels.few(len(hidden)):
+            return None
+        up, down = self._wholes[layer]
+        return kernels.mixture(hidden.contiguous(), index.contiguous(), weights, up, down)
 
     def _compute(
         self, layer: int, counts: list[int], weights: list[SliceWeights], rows: torch.Tensor, out: torch.Tensor
@@ -158,7 +182,9 @@ class ExpertFFN:
 def _product(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, fast: bool) -> PlainMatrix:
     """The product with `weight`, `[out, in]` or, `transposed`, `[in, out]`."""
     plain = weight.t() if transposed else weight
-    return FastMatrix(plain, bias) if fast and packable(plain) else PlainMatrix(plain, bias)
+    if kernels.multiplies(plain) or (fast and packable(plain)):
+        return FastMatrix(plain, bias)
+    return PlainMatrix(plain, bias)
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -5,8 +5,10 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -224,6 +226,43 @@ at::Tensor weighted_sum(const at::Tensor& rows, const at::Tensor& place, const a
   return out;
 }
 
+// A layer's experts in one call: for each row t of hidden [T, H] the sum over k of weights[t, k] (fp32) times expert
+// index[t, k]'s output; up[e] [2W, H], down[e] [H, W] of all experts.
+at::Tensor mixture(const at::Tensor& hidden, const at::Tensor& index, const at::Tensor& weights, at::TensorList up,
+                   at::TensorList down) {
+  const int64_t tokens = index.size(0), top_k = index.size(1), pairs = tokens * top_k;
+  const int64_t experts = static_cast<int64_t>(up.size()), bytes = hidden.size(1) * hidden.element_size();
+  TORCH_CHECK(hidden.is_contiguous() && index.is_contiguous() && hidden.size(0) == tokens);
+  const int64_t* choice = index.const_data_ptr<int64_t>();
+  std::vector<int64_t> start(experts + 1, 0);
+  for (int64_t i = 0; i < pairs; ++i) {
+    TORCH_CHECK_INDEX(choice[i] >= 0 && choice[i] < experts, "there is no expert ", choice[i]);
+    ++start[choice[i] + 1];
+  }
+  std::vector<int64_t> counts;
+  std::vector<at::Tensor> ups, downs;
+  for (int64_t e = 0; e < experts; ++e) {
+    if (start[e + 1]) {
+      counts.push_back(start[e + 1]);
+      ups.push_back(up[e]);
+      downs.push_back(down[e]);
+    }
+    start[e + 1] += start[e];
+  }
+  const at::Tensor place = at::empty({pairs}, index.options());
+  const at::Tensor rows = at::empty({pairs, hidden.size(1)}, hidden.options());
+  at::Tensor results = at::empty_like(rows);
+  int64_t* at = place.mutable_data_ptr<int64_t>();
+  const char* from = static_cast<const char*>(hidden.const_data_ptr());
+  char* to = static_cast<char*>(rows.mutable_data_ptr());
+  for (int64_t i = 0; i < pairs; ++i) {
+    at[i] = start[choice[i]]++;
+    std::memcpy(to + at[i] * bytes, from + i / top_k * bytes, bytes);
+  }
+  expert_ffn(rows, counts, ups, downs, results);
+  return weighted_sum(results, place, weights);
+}
+
 // Whether rows of `dtype` are multiplied here.
 bool multiplies(at::ScalarType dtype) {
   return dtype == at::kFloat || (dtype == at::kBFloat16 && Lanes<at::BFloat16>::kHere);
@@ -233,6 +272,7 @@ bool multiplies(at::ScalarType dtype) {
 
 TORCH_LIBRARY_FRAGMENT(evermoe, library) {
   library.def("expert_ffn(Tensor rows, int[] counts, Tensor[] up, Tensor[] down, Tensor(a!) out) -> ()");
+  library.def("mixture(Tensor hidden, Tensor index, Tensor weights, Tensor[] up, Tensor[] down) -> Tensor");
   library.def("product(Tensor rows, Tensor weight, Tensor? bias) -> Tensor");
   library.def("weighted_sum(Tensor rows, Tensor place, Tensor weights) -> Tensor");
   library.def("multiplies(ScalarType dtype) -> bool", &multiplies);
@@ -240,6 +280,7 @@ TORCH_LIBRARY_FRAGMENT(evermoe, library) {
 
 TORCH_LIBRARY_IMPL(evermoe, CPU, library) {
   library.impl("expert_ffn", &expert_ffn);
+  library.impl("mixture", &mixture);
   library.impl("product", &product);
   library.impl("weighted_sum", &weighted_sum);
 }

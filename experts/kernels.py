@@ -97,6 +97,18 @@ def expert_ffn(
     torch.ops.evermoe.expert_ffn(rows, counts, up, down, out)
 
 
+def mixture(
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    up: Sequence[torch.Tensor],
+    down: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """What `expert_ffn` and `weighted_sum` make of `hidden [T, H]`, sent to the experts `index [T, K]`: `[T, H]`."""
+    out: torch.Tensor = torch.ops.evermoe.mixture(hidden, index, weights.float().contiguous(), up, down)
+    return out
+
+
 def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`rows @ weight.T + bias`: rows `[..., in]` to `[..., out]`."""
     result: torch.Tensor = torch.ops.evermoe.product(rows, weight, bias)

@@ -75,9 +75,25 @@ class Dispatcher:
     ) -> torch.Tensor:
         """Run ``hidden [T, H]`` through the experts ``top_k_index [T, K]`` and sum them by ``top_k_weights [T, K]``."""
         self._times.start()
+        if self._may_inline and not self._fleet.table.links:
+            summed = self._mixture(layer, hidden, top_k_index, top_k_weights)
+            if summed is not None:
+                return summed
         rows, place = self._rows(layer, hidden, top_k_index)
         summed = combine(rows, place, top_k_weights).to(hidden.device)
         self._times.end("combine")
+        return summed
+
+    def _mixture(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The whole layer inline, in one call; None where that can't be."""
+        self._times.end("dispatch")
+        summed = self._inline.mixture(layer, hidden, index, weights)
+        if summed is not None:
+            self._times.end("inline")
+            for expert in np.unique(index.numpy()).tolist():
+                self.calls[layer, expert, "inline"] += 1
         return summed
 
     def _rows(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

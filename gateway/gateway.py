@@ -82,6 +82,7 @@ class Gateway:
         return self._server.healthy
 
     async def __aenter__(self) -> Gateway:
+        self._loop = asyncio.get_running_loop()
         if self._compiled is not None:
             kernels.load(self._compiled)
         self._directory.wait(START_S)
@@ -98,7 +99,7 @@ class Gateway:
                 fingerprint=fingerprint,
                 status=self._status,
                 tcp_host=self._node_ip,
-                prepare=lambda: torch.set_num_threads(self._policy.gateway.threads or os.cpu_count() or 1),
+                prepare=self._prepare,
             )
         )
         self._exits.push_async_callback(self._finish_sequences)
@@ -110,9 +111,6 @@ class Gateway:
             loading = threading.Thread(target=self._load_experts, name="load-experts", daemon=True)
             loading.start()
             self._exits.push_async_callback(asyncio.to_thread, loading.join)
-        if self._compiled is not None and model.device.type == "cpu":
-            compiling = asyncio.create_task(self._compile(self._compiled), name="compile")
-            self._exits.callback(compiling.cancel)
         return self
 
     def _load_experts(self) -> None:
@@ -120,17 +118,23 @@ class Gateway:
         for expert in range(self._store.manifest.num_experts):
             self._inline.load(expert)
 
-    async def _compile(self, folder: Path) -> None:
-        """Take over compiled layers: those of an earlier start at once, the others when they are there."""
+    def _prepare(self) -> None:
+        """First thing in the engine's thread: what belongs to a thread, and compiled layers of an earlier start."""
+        torch.set_num_threads(self._policy.gateway.threads or os.cpu_count() or 1)
+        if self._compiled is not None and self._model.device.type == "cpu":
+            complete = compilation.adopt(self._model, self._compiled)
+            if not complete:
+                self._loop.call_soon_threadsafe(self._compile, self._compiled)
+
+    def _compile(self, folder: Path) -> None:
+        """Compile what is missing, in a while, and take it over when it is there."""
 
         def adopt() -> None:
             self._model.between_steps = partial(compilation.adopt, self._model, folder)
 
-        adopt()
-        await asyncio.sleep(_COMPILE_AFTER_S)
         compiling = Compilation(self._store.path, folder, adopt)
         self._exits.push_async_callback(asyncio.to_thread, compiling.close)
-        compiling.start()
+        self._exits.callback(self._loop.call_later(_COMPILE_AFTER_S, compiling.start).cancel)
 
     async def _start_experts(self) -> None:
         """Publish the first plan, not at once: starting replicas would take the cores from the first request."""

@@ -76,6 +76,33 @@ def test_a_stores_experts_give_the_same_with_and_without(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 2, 9, 70])
+def test_a_whole_layer_in_one_call_equals_its_steps(dtype: torch.dtype, tokens: int) -> None:
+    torch.manual_seed(0)
+    experts, top_k, hidden, inner = 6, 2, 64, 32
+    ups = [torch.randn(2 * inner, hidden).to(dtype) * 0.1 for _ in range(experts)]
+    downs = [torch.randn(hidden, inner).to(dtype) * 0.1 for _ in range(experts)]
+    rows, weights = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, top_k)
+    index = torch.rand(tokens, experts - 1).topk(top_k).indices.contiguous()  # expert 5 has no rows
+    choice = index.flatten()
+    order = choice.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    active, counts = torch.unique(choice, return_counts=True)
+    results = torch.empty(len(order), hidden, dtype=dtype)
+    kernels.expert_ffn(
+        rows[order // top_k], counts.tolist(), [ups[e] for e in active], [downs[e] for e in active], results
+    )
+    assert torch.equal(kernels.mixture(rows, index, weights, ups, downs), kernels.weighted_sum(results, place, weights))
+
+
+def test_a_whole_layer_refuses_experts_that_are_not_there() -> None:
+    weights = [torch.zeros(64, 32)], [torch.zeros(32, 32)]
+    with pytest.raises(IndexError, match="there is no expert 1"):
+        kernels.mixture(torch.zeros(1, 32), torch.tensor([[1]]), torch.ones(1, 1), *weights)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [(1,), (5,), (6,), (7,), (2, 9), (130,)])
 def test_a_product_equals_linear(dtype: torch.dtype, bias: bool, rows: tuple[int, ...]) -> None:
