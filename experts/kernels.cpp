@@ -1,6 +1,5 @@
 // The arithmetic of experts and of every fixed matrix, for the rows of a decode step: plain weights, read once.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -122,16 +121,15 @@ void run(const at::Tensor& rows, at::IntArrayRef counts, at::TensorList up, at::
                         out.mutable_data_ptr<T>() + start * hidden, counts[e], rows.stride(0)});
     start += counts[e];
   }
-  const int threads = at::get_num_threads();
   const int64_t many = static_cast<int64_t>(segments.size());
   const int64_t wide = chunk_of(2 * hidden, sizeof(T), width, step), ups = pieces(width, wide);
-  Team::shared().run(many * ups, threads, [&](int64_t chunk) {
+  Team::shared().run(many * ups, [&](int64_t chunk) {
     const Segment<T>& s = segments[chunk / ups];
     const int64_t at = chunk % ups * wide, outs = std::min(wide, width - at);
     gated(s.rows, s.step, s.count, s.up + at * hidden, s.up + (width + at) * hidden, outs, hidden, s.inner + at, width);
   });
   const int64_t tall = chunk_of(width, sizeof(T), hidden, step), downs = pieces(hidden, tall);
-  Team::shared().run(many * downs, threads, [&](int64_t chunk) {
+  Team::shared().run(many * downs, [&](int64_t chunk) {
     const Segment<T>& s = segments[chunk / downs];
     const int64_t at = chunk % downs * tall, outs = std::min(tall, hidden - at);
     plain<T>(s.inner, s.count, s.down + at * width, outs, width, nullptr, s.out + at, hidden);
@@ -163,7 +161,7 @@ template <typename T>
 void multiply(const at::Tensor& rows, const at::Tensor& weight, const T* bias, at::Tensor& out) {
   const int64_t depth = weight.size(1), outs = weight.size(0), count = rows.numel() / depth;
   const int64_t each = chunk_of(depth, sizeof(T), outs, 2 * Vec::size());
-  Team::shared().run(pieces(outs, each), at::get_num_threads(), [&](int64_t chunk) {
+  Team::shared().run(pieces(outs, each), [&](int64_t chunk) {
     const int64_t at = chunk * each, mine = std::min(each, outs - at);
     plain<T>(rows.const_data_ptr<T>(), count, weight.const_data_ptr<T>() + at * depth, mine, depth,
              bias ? bias + at : nullptr, out.mutable_data_ptr<T>() + at, outs);
@@ -196,7 +194,7 @@ void sum(const T* rows, const int64_t* place, const float* weights, T* out, int6
   constexpr int64_t step = 2 * Vec::size();
   constexpr int64_t kGrain = 1 << 16;
   const int64_t each = std::max<int64_t>(1, kGrain / (width * top_k));
-  Team::shared().run(pieces(tokens, each), at::get_num_threads(), [&](int64_t chunk) {
+  Team::shared().run(pieces(tokens, each), [&](int64_t chunk) {
     for (int64_t t = chunk * each; t < std::min(tokens, (chunk + 1) * each); ++t) {
       for (int64_t i = 0; i < width; i += step) {
         Vec low(0.0f), high(0.0f);
@@ -263,6 +261,9 @@ at::Tensor mixture(const at::Tensor& hidden, const at::Tensor& index, const at::
   return weighted_sum(results, place, weights);
 }
 
+// How many threads share an operation from now on, in the whole process.
+void share(int64_t threads) { Team::shared().resize(static_cast<int>(threads)); }
+
 // Whether rows of `dtype` are multiplied here.
 bool multiplies(at::ScalarType dtype) {
   return dtype == at::kFloat || (dtype == at::kBFloat16 && Lanes<at::BFloat16>::kHere);
@@ -275,6 +276,7 @@ TORCH_LIBRARY_FRAGMENT(evermoe, library) {
   library.def("mixture(Tensor hidden, Tensor index, Tensor weights, Tensor[] up, Tensor[] down) -> Tensor");
   library.def("product(Tensor rows, Tensor weight, Tensor? bias) -> Tensor");
   library.def("weighted_sum(Tensor rows, Tensor place, Tensor weights) -> Tensor");
+  library.def("share(int threads) -> ()", &share);
   library.def("multiplies(ScalarType dtype) -> bool", &multiplies);
 }
 

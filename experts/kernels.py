@@ -38,28 +38,42 @@ def load(folder: Path) -> bool:
     """Load the kernels from `folder` if they are there; whether they are loaded now."""
     global _loaded
     _loaded = _loaded or native_code.load(_SOURCE, folder, "expert_ffn")
+    return loaded()
+
+
+def loaded() -> bool:
+    """Whether this process has the kernels."""
     return _loaded
 
 
+def share(threads: int) -> None:
+    """Let so many threads share each operation of the kernels, in the whole process; at first one does it all."""
+    torch.ops.evermoe.share(threads)
+
+
 @contextmanager
-def loading(folder: Path) -> Iterator[None]:
-    """Meanwhile the kernels are loaded as soon as `folder` has them: another process may be compiling them."""
-    if load(folder):
-        yield
-        return
+def loading(folder: Path, threads: int) -> Iterator[None]:
+    """The kernels are loaded for so many threads: at once, or meanwhile, when another process has compiled them."""
     stop = threading.Event()
 
+    def loaded_now() -> bool:
+        if load(folder):
+            share(threads)
+        return loaded()
+
     def look() -> None:
-        while not stop.wait(_LOOK_S) and not load(folder):
+        while not stop.wait(_LOOK_S) and not loaded_now():
             pass
 
     thread = threading.Thread(target=look, name="load-kernels", daemon=True)
-    thread.start()
+    if not loaded_now():
+        thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
 
 
 def multiplies(weight: torch.Tensor) -> bool:

@@ -45,7 +45,7 @@ class Replica:
         opened = ExpertStore.open(store)
         self._exits = contextlib.ExitStack()
         if compiled is not None:
-            self._exits.enter_context(kernels.loading(compiled))
+            self._exits.enter_context(kernels.loading(compiled, policy.threads))
         self._ffn = ExpertFFN(opened, device="cuda" if policy.resources.gpu else "cpu", fast=True)
         for expert in unit.experts:
             self._ffn.load(expert)

@@ -24,9 +24,13 @@ class Team {
     return *team;
   }
 
-  // run(chunk) for each of `chunks`, once, by this thread and up to `threads - 1` helpers.
+  // How many threads share an operation, the caller included. Not torch's number: that is for its own operations.
+  void resize(int threads) { threads_.store(threads, std::memory_order_relaxed); }
+
+  // run(chunk) for each of `chunks`, once, by this thread and the helpers that are awake.
   template <typename Run>
-  void run(int64_t chunks, int threads, const Run& run) {
+  void run(int64_t chunks, const Run& run) {
+    const int threads = threads_.load(std::memory_order_relaxed);
     std::unique_lock lock(busy_, std::defer_lock);
     if (chunks < 2 || threads < 2 || !lock.try_lock()) {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) run(chunk);
@@ -89,6 +93,7 @@ class Team {
     }
   }
 
+  std::atomic<int> threads_{1};
   std::mutex busy_;
   int helpers_ = 0;
   alignas(64) std::atomic<uint64_t> left_{0};  // turn << 32 | chunks nobody has taken

@@ -120,7 +120,8 @@ class Gateway:
 
     def _prepare(self) -> None:
         """First thing in the engine's thread: what belongs to a thread, and compiled layers of an earlier start."""
-        torch.set_num_threads(self._policy.gateway.threads or os.cpu_count() or 1)
+        self._model.threads = self._policy.gateway.threads or os.cpu_count() or 1
+        torch.set_num_threads(self._model.threads)
         if self._compiled is not None and self._model.device.type == "cpu":
             complete = compilation.adopt(self._model, self._compiled)
             if not complete:
