@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from experts import kernels
 from experts.manifest import SliceForm
+from experts.mapped import populate
 from experts.matrix import FastMatrix, PlainMatrix, packable
 from experts.store import ExpertStore
 
@@ -176,6 +177,9 @@ class ExpertFFN:
             if self._modules:
                 _give_shared(self._modules[layer], params)
             layers[layer] = SliceWeights.of(params, self._form, fast=self._fast)
+            if self._fast:
+                populate(layers[layer].up.weight)
+                populate(layers[layer].down.weight)
         return layers
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from experts.mapped import populate
 from experts.matrix import FastMatrix, packable
 from gateway import layer_ops
 
@@ -21,6 +22,7 @@ class LayerProduct:
 
     def __init__(self, matrix: FastMatrix) -> None:
         self._matrix = matrix
+        populate(matrix.weight)
         self.slot = 0
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
