@@ -9,7 +9,7 @@ import torch
 
 from experts.mapped import populate
 
-PAGES = 4096
+PAGES = 16384
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def faults(work: torch.Tensor) -> int:
 def test_populated_pages_are_read_without_faults(mapped: torch.Tensor) -> None:
     first, second = mapped.chunk(2)
     populate(first)
-    assert faults(first) < 20 < faults(second)
+    assert faults(first) < faults(second) / 4
 
 
 def test_what_has_no_pages_is_left_alone() -> None:
