@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def loaded() -> bool:
 
 def share(threads: int) -> None:
     """Let so many threads share each operation of the kernels, in the whole process; at first one does it all."""
-    torch.ops.evermoe.share(threads)
+    _operator("share")(threads)
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def expert_ffn(
 
     Weights `up[e] [2W, H]` (gate above up) and `down[e] [H, W]`.
     """
-    torch.ops.evermoe.expert_ffn(rows, counts, up, down, out)
+    _operator("expert_ffn")(rows, counts, up, down, out)
 
 
 def mixture(
@@ -119,25 +120,32 @@ def mixture(
     down: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """What `expert_ffn` and `weighted_sum` make of `hidden [T, H]`, sent to the experts `index [T, K]`: `[T, H]`."""
-    out: torch.Tensor = torch.ops.evermoe.mixture(hidden, index, weights.float().contiguous(), up, down)
+    out: torch.Tensor = _operator("mixture")(hidden, index, weights.float().contiguous(), up, down)
     return out
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`rows @ weight.T + bias`: rows `[..., in]` to `[..., out]`."""
-    result: torch.Tensor = torch.ops.evermoe.product(rows, weight, bias)
+    result: torch.Tensor = _operator("product")(rows, weight, bias)
     return result
 
 
 def weighted_sum(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """`out[t] = sum over k of weights[t, k] * rows[place[t * K + k]]` in fp32, k by k; `[T, H]` in the rows' dtype."""
-    out: torch.Tensor = torch.ops.evermoe.weighted_sum(rows, place, weights.float().contiguous())
+    out: torch.Tensor = _operator("weighted_sum")(rows, place, weights.float().contiguous())
     return out
 
 
 @functools.cache
+def _operator(name: str) -> Callable[..., Any]:
+    """Looked up once: that takes as long as a small operation."""
+    operator: Callable[..., Any] = getattr(torch.ops.evermoe, name).default
+    return operator
+
+
+@functools.cache
 def _has(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float32, torch.bfloat16) and bool(torch.ops.evermoe.multiplies(dtype))
+    return dtype in (torch.float32, torch.bfloat16) and bool(_operator("multiplies")(dtype))
 
 
 @functools.cache
