@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_OURS = {"deploy", "experts", "gateway", "placement", "predictor", "recovery", "replay"}
 _out = Console()
 _err = Console(stderr=True)
 
@@ -60,6 +61,38 @@ def prepare(
 
 
 @app.command()
+def record(
+    out: Annotated[Path, typer.Argument(help="File to write (Parquet).")],
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder or prepared store. Default: the model in the box.")
+    ] = None,
+    profile: Annotated[
+        str, typer.Option(help="prefill-heavy (250 tokens in, 24 out), decode-heavy (170 in, 80 out) or mixed.")
+    ] = "mixed",
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Mean weights of kinds of text: code=3,docs=1,chat=2. Default: as trained."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="How long, on the engine's virtual clock. Default: 10.", min=0.01)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="How long, in steps of the engine.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same record.", min=0)] = 0,
+    load: Annotated[float, typer.Option(help="How busy the engine is on average.", min=0.01, max=2.0)] = 0.5,
+    threads: Annotated[int, typer.Option(help="Torch threads.", min=1)] = 1,
+    max_mib: Annotated[int, typer.Option(help="The file's size at most, MiB.", min=1)] = 1024,
+) -> None:
+    """Record how a model routes made-up traffic: what the load predictor learns from."""
+    from deploy.recording import Recording, parse_mix, record_traffic
+
+    asked = Recording(
+        profile=profile, mix=parse_mix(mix) if mix else None, load=load, minutes=minutes, steps=steps, seed=seed,
+        threads=threads, max_bytes=max_mib << 20,
+    )  # fmt: skip
+    record_traffic(model, out, asked, _out)
+
+
+@app.command()
 def status(
     url: Annotated[str, typer.Option(help="Where the service listens.")] = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -91,4 +124,4 @@ def main() -> None:
 
 def _for_people(error: BaseException) -> bool:
     """Whether `error` is one of ours, worded for the operator."""
-    return type(error).__module__.split(".")[0] in {"deploy", "experts", "gateway", "placement", "recovery"}
+    return type(error).__module__.split(".")[0] in _OURS
