@@ -59,7 +59,7 @@ class VirtualEngine:
             inline.load(expert)
         self.clock = VirtualClock()
         self._log = _TimedLog(tuple(manifest.moe_layers), self.clock)
-        dispatcher = Dispatcher(_NoFleet(), inline, manifest.num_experts, 1, 1.0)
+        dispatcher = Dispatcher(NoFleet(), inline, manifest.num_experts, 1, 1.0)
         model = load_model(store, experts=self._log.watch(dispatcher))
         compilation.adopt(model, cache_dir() / "compiled")
         self._log.gates = Gates(model.network, moe_modules(model.network), manifest.top_k)
@@ -124,7 +124,7 @@ class _TimedLog(RoutingLog):
         return works
 
 
-class _NoFleet(Fleet):
+class NoFleet(Fleet):
     """Nobody: every expert runs inline."""
 
     def __init__(self) -> None:

@@ -75,6 +75,11 @@ class RoutingLog:
         self._added = 0
         self._taken = 0
 
+    @property
+    def waiting(self) -> int:
+        """Steps that wait to be taken."""
+        return len(self._steps)
+
     def watch(self, experts: ExpertsFunction) -> ExpertsFunction:
         """`experts`, with every call noted."""
 
