@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_OURS = {"deploy", "experts", "gateway", "placement", "predictor", "recovery", "replay"}
+_OURS = {"deploy", "experts", "gateway", "placement", "planner", "predictor", "recovery", "replay"}
 _out = Console()
 _err = Console(stderr=True)
 
@@ -35,11 +35,15 @@ def serve(
     policy: Annotated[Path | None, typer.Option(help="Policy file (YAML).")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in the API. Default: its folder's.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Record what is routed in this file; it is complete when the service has ended."),
+    ] = None,
 ) -> None:
     """Serve a Mixture-of-Experts model over an OpenAI-compatible HTTP API."""
     from deploy.serving import serve_model
 
-    serve_model(model, host=host, port=port, policy_file=policy, name=name, dtype=dtype, console=_out)
+    serve_model(model, host=host, port=port, policy_file=policy, name=name, dtype=dtype, record=record, console=_out)
 
 
 @app.command()

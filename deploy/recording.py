@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,13 @@ class Recording:
     max_bytes: int = 1 << 30
 
 
+def check_writable(file: Path) -> None:
+    """Raise RecordingError where no record can be written to `file`."""
+    folder = file.resolve().parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise RecordingError(f"{file} can't be written: give a file in a folder that exists and may be written to")
+
+
 def parse_mix(text: str) -> dict[str, float]:
     """``code=3,chat=1`` as weights; raise RecordingError for anything else."""
     weights = {}
@@ -65,8 +73,7 @@ def record_traffic(model: Path | None, out: Path, recording: Recording, console:
 
     Raise RecordingError, TextError, StoreError or ModelError for what can't be recorded.
     """
-    if out.is_dir() or not out.resolve().parent.is_dir():
-        raise RecordingError(f"{out} can't be written: give a file in a folder that exists")
+    check_writable(out)
     if recording.profile not in PROFILES:
         raise RecordingError(f"unknown --profile '{recording.profile}': choose one of {', '.join(PROFILES)}")
     store = ensure_store(model or DEFAULT_MODEL)

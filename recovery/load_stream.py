@@ -54,8 +54,21 @@ class LoadMessage(msgspec.Struct, frozen=True, array_like=True):
         columns["signals"] = columns["signals"].astype(np.float32)
         return Records(shape=ModelShape.from_json(self.shape), **columns)
 
+    def steps(self) -> list[LoadStep]:
+        """Its steps, one by one; raise ValueError for a message that is none."""
+        records = self.records()
+        return [
+            LoadStep(
+                **{name: getattr(records, name)[step].item() for name in _NUMBERS},
+                **{name: getattr(records, name)[step] for name in _ARRAYS},
+            )
+            for step in range(len(records))
+        ]
 
+
+_ARRAYS = ("prefill_counts", "decode_counts", "look_ahead", "signals", "signal_rows")
 _COLUMNS = tuple(field.name for field in fields(Records) if field.name != "shape")
+_NUMBERS = tuple(name for name in _COLUMNS if name not in _ARRAYS)
 
 
 def send(directory: Directory, message: LoadMessage) -> None:

@@ -72,7 +72,7 @@ class Watched:
 
     def told(self) -> list[StepRouting]:
         """Every step since the last time."""
-        found = []
+        found: list[StepRouting] = []
         while (chunk := self.packer.pack()) is not None:
             found += chunk.routings(len(self.manifest.moe_layers), self.manifest.num_experts)
         return found
