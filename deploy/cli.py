@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from deploy.models import cache_dir
+from deploy.predictor_commands import app as predictor_app
 
 app = typer.Typer(
     name="evermoe",
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(predictor_app)
 _out = Console()
 _err = Console(stderr=True)
 
@@ -91,4 +93,11 @@ def main() -> None:
 
 def _for_people(error: BaseException) -> bool:
     """Whether `error` is one of ours, worded for the operator."""
-    return type(error).__module__.split(".")[0] in {"deploy", "experts", "gateway", "placement", "recovery"}
+    return type(error).__module__.split(".")[0] in {
+        "deploy",
+        "experts",
+        "gateway",
+        "placement",
+        "predictor",
+        "recovery",
+    }
