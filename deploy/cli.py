@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from deploy.models import cache_dir
+from deploy.predictor_commands import app as predictor_app
 
 app = typer.Typer(
     name="evermoe",
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(predictor_app)
 _OURS = {"deploy", "experts", "gateway", "placement", "planner", "predictor", "recovery", "replay"}
 _out = Console()
 _err = Console(stderr=True)

@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 _LONGEST = 4096
-_PRIOR_ENDS, _PRIOR_TOKENS = 0.5, 500.0  # as if seen before anything else: one end of its own in a thousand tokens
+_PRIOR_ENDS, _PRIOR_TOKENS = 0.5, 500.0  # as if seen before anything else: one early end in a thousand tokens
+_BORROWED = 50.0  # tokens for which the mean over all lengths counts in each class
 
 
 class RemainingLengths:
@@ -20,8 +21,8 @@ class RemainingLengths:
         """`memory`: about how many endings count."""
         self._classes = (4 * np.log2(1 + np.arange(_LONGEST + 1))).astype(np.int64)
         size = int(self._classes[-1]) + 1
-        self._ends = np.full(size, _PRIOR_ENDS)
-        self._tokens = np.full(size, _PRIOR_TOKENS)
+        self._ends = np.zeros(size)
+        self._tokens = np.zeros(size)
         self._keep = 1 - 1 / memory
         self._survival = np.ones(_LONGEST + 2)  # sums of the chances to get so far
         self._stale = True
@@ -51,7 +52,8 @@ class RemainingLengths:
         return self._classes[np.minimum(lengths, _LONGEST)]
 
     def _refresh(self) -> None:
-        hazard = np.minimum(self._ends / self._tokens, 0.5)[self._classes]
-        self._alive = np.maximum(np.cumprod(1 - hazard), 1e-12)
+        overall = (self._ends.sum() + _PRIOR_ENDS) / (self._tokens.sum() + self._ends.sum() + _PRIOR_TOKENS)
+        hazard = (self._ends + _BORROWED * overall) / (self._tokens + self._ends + _BORROWED)
+        self._alive = np.maximum(np.cumprod(1 - hazard[self._classes]), 1e-12)
         self._survival = np.concatenate([[0.0], np.cumsum(self._alive)])
         self._stale = False

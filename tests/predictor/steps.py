@@ -4,10 +4,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from predictor.horizon import Horizon
+from predictor.records import Records, stack
 from predictor.routing import StepRouting
 from predictor.shape import ModelShape
+from predictor.signals import LoadSignals
 
 SHAPE = ModelShape(fingerprint="f" * 64, layers=(0, 1, 2), experts=6, top_k=2, vocabulary=50)
+HORIZON = Horizon(steps=8)
+
+
+def records(steps: int, *, shape: ModelShape = SHAPE, seed: int = 0, arrivals: float = 0.6) -> Records:
+    """What a recording of `routings` holds."""
+    signals = LoadSignals(shape)
+    return stack(shape, [signals.observe(step) for step in routings(steps, shape=shape, seed=seed, arrivals=arrivals)])
 
 
 def routings(
@@ -15,7 +25,7 @@ def routings(
 ) -> Iterator[StepRouting]:
     """A small engine's steps: up to 8 sequences run, prompts of 10 to 40 tokens, answers of 4 to 20."""
     rng = np.random.default_rng(seed)
-    liking = rng.normal(size=(len(shape.layers), shape.vocabulary, shape.experts)) * 2
+    liking = np.random.default_rng(99).normal(size=(len(shape.layers), shape.vocabulary, shape.experts)) * 2
     waiting: list[int] = []
     running: list[int] = []
     prompts: dict[int, list[int]] = {}
