@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -22,8 +23,7 @@ _KEPT_BYTES = 4 << 20
 """Of a step, its layers' inputs are kept up to this size; larger steps can afford to ask the routers at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class RoutedLayer:
+class RoutedLayer(NamedTuple):
     """One MoE layer in a step of T rows."""
 
     chosen: torch.Tensor
@@ -41,6 +41,7 @@ class RoutedStep:
     works: list[tuple[int, int, int]]
     """As in `gateway.routing_chunk.StepHead`."""
     token_ids: torch.Tensor
+    rows: int
     layers: dict[int, RoutedLayer] = field(default_factory=dict)
     time_s: float = 0.0
     running: list[tuple[int, int, int]] = field(default_factory=list)
@@ -48,12 +49,6 @@ class RoutedStep:
     """Sequences only ever grow, so these tokens are still there whenever the queue is packed."""
     waiting: int = 0
     waiting_tokens: int = 0
-
-    @property
-    def size(self) -> int:
-        """Bytes, about."""
-        tensors = [t for layer in self.layers.values() for t in (layer.chosen, layer.rows, layer.ahead)]
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 class RoutingLog:
@@ -70,6 +65,7 @@ class RoutingLog:
         self.dropped = 0
         """Steps that were lost because they were not taken in time."""
         self._next = dict(zip(self.layers, self.layers[1:], strict=False))
+        self._row_bytes = 0
         self._step: RoutedStep | None = None
         self._steps: deque[tuple[RoutedStep, int]] = deque()
         self._added = 0
@@ -84,8 +80,12 @@ class RoutingLog:
         """`experts`, with every call noted."""
 
         def watched(layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            if self._step is not None:
-                self._step.layers[layer] = self._noted(layer, hidden, index)
+            step = self._step
+            if step is not None:
+                # Copies: compiled layers use their memory again.
+                kept = step.rows * self._row_bytes <= _KEPT_BYTES
+                noted = RoutedLayer(index.clone(), hidden.clone(), None) if kept else self._asked(layer, hidden, index)
+                step.layers[layer] = noted
             return experts(layer, hidden, index, weights)
 
         return watched
@@ -97,7 +97,7 @@ class RoutingLog:
             sequence = work.sequence
             prompt = min(max(sequence.prompt_length - sequence.computed, 0), work.count)
             works.append((sequence.rank[1], work.count, prompt))
-        self._step = RoutedStep(works, batch.token_ids)
+        self._step = RoutedStep(works, batch.token_ids, len(batch.token_ids))
         return works
 
     def end(self, scheduler: Scheduler, time_s: float) -> None:
@@ -105,14 +105,13 @@ class RoutingLog:
         step, self._step = self._step, None
         if step is None or len(step.layers) < len(self.layers):
             return
-        size = step.size
+        size = step.rows * self._measured(step)
         if len(self._steps) >= _MOST_STEPS or self._added - self._taken + size > max(_MOST_BYTES, size):
             self.dropped += 1
             return
         step.time_s = time_s
         step.running = [
-            (s.rank[1], max(s.prompt_length - s.computed, 0), s.params.max_tokens - s.generated)
-            for s in scheduler.running
+            (s.rank[1], max(s.prompt_length - s.computed, 0), s.length_limit - len(s.tokens)) for s in scheduler.running
         ]
         step.queue = _queue(scheduler)
         step.waiting = len(scheduler.waiting)
@@ -127,20 +126,23 @@ class RoutingLog:
         while self._steps and rows < most_rows:
             step, size = self._steps.popleft()
             self._taken += size
-            rows += len(step.token_ids)
+            rows += step.rows
             steps.append(step)
         return steps
 
-    def _noted(self, layer: int, hidden: torch.Tensor, index: torch.Tensor) -> RoutedLayer:
-        chosen = index.clone()  # compiled layers use their memory again
+    def _measured(self, step: RoutedStep) -> int:
+        """Bytes of one row in all layers, as far as they are kept."""
+        if not self._row_bytes:
+            self._row_bytes = sum(noted.rows[:1].nbytes for noted in step.layers.values() if noted.rows is not None)
+        return self._row_bytes if step.rows * self._row_bytes <= _KEPT_BYTES else 0
+
+    def _asked(self, layer: int, hidden: torch.Tensor, index: torch.Tensor) -> RoutedLayer:
+        """A layer of a step whose inputs are too large to keep."""
         after = self._next.get(layer)
-        if hidden.nbytes * len(self.layers) <= _KEPT_BYTES:
-            return RoutedLayer(chosen, hidden.clone(), None)
-        if self.gates is None:
-            return RoutedLayer(chosen, None, None)
-        trusted = self.gates.trust(layer, hidden, index)
-        ahead = None if after is None or not trusted else self.gates.choose(after, hidden)
-        return RoutedLayer(chosen, None, ahead)
+        trusted = self.gates is not None and self.gates.trust(layer, hidden, index)
+        if self.gates is None or after is None or not trusted:
+            return RoutedLayer(index.clone(), None, None)
+        return RoutedLayer(index.clone(), None, self.gates.choose(after, hidden))
 
 
 def _queue(scheduler: Scheduler) -> list[tuple[Sequence, int, int]]:

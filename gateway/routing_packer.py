@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -31,54 +33,53 @@ class RoutingPacker:
             return None
         before, self._dropped = self._dropped, self._log.dropped
         self._queued = _tokens(steps, self._queued)
-        layers = [[step.layers[layer] for step in steps] for layer in self._log.layers]
-        chosen = torch.stack([torch.cat([noted.chosen for noted in layer]) for layer in layers])
+        chosen = torch.cat([step.layers[layer].chosen for layer in self._log.layers for step in steps])
         return RoutingChunk(
             steps=[_head(step) for step in steps],
             token_ids=torch.cat([step.token_ids for step in steps]).cpu().numpy().astype(np.int32).tobytes(),
             experts=chosen.to(torch.int16).cpu().numpy().tobytes(),
-            look_ahead=self._look_ahead(layers).tobytes(),
+            look_ahead=self._look_ahead(steps).tobytes(),
             queued=self._queued,
             token_budget=self._token_budget,
             dropped=self._dropped - before,
         )
 
-    def _look_ahead(self, layers: list[list[RoutedLayer]]) -> npt.NDArray[np.int32]:
-        """[steps, layers, experts] of ``layers[layer][step]``."""
-        counts = np.zeros((len(layers[0]), len(layers), self._experts), np.int32)
+    def _look_ahead(self, steps: list[RoutedStep]) -> npt.NDArray[np.int32]:
+        """[steps, layers, experts]"""
+        counts = np.zeros((len(steps), len(self._log.layers), self._experts), np.int32)
         gates = self._log.gates
         if gates is None:
             return counts
-        for place, layer in enumerate(self._log.layers[1:], 1):
-            if _trusted(gates, layer, layers[place]):
-                for step, chosen in enumerate(_ahead(gates, layer, layers[place - 1])):
-                    if chosen is not None:
-                        counts[step, place] = np.bincount(chosen.ravel(), minlength=self._experts)
+        for place, (before, layer) in enumerate(pairwise(self._log.layers), 1):
+            if _trusted(gates, layer, [step.layers[layer] for step in steps]):
+                counts[:, place] = self._choices(gates, layer, [step.layers[before] for step in steps])
+        return counts
+
+    def _choices(self, gates: Gates, layer: int, before: list[RoutedLayer]) -> npt.NDArray[np.int64]:
+        """[steps, experts]: what the router of `layer` chooses from the inputs of the layer `before` it.
+
+        It is asked once for all steps: that takes about as long for one row as for a hundred.
+        """
+        counts = np.zeros((len(before), self._experts), np.int64)
+        kept = [(step, noted.rows) for step, noted in enumerate(before) if noted.rows is not None]
+        chosen = gates.choose(layer, torch.cat([rows for _, rows in kept])) if kept else None
+        if chosen is not None:
+            step_of = np.repeat([step for step, _ in kept], [len(rows) for _, rows in kept])
+            cells = (step_of[:, None] * self._experts + chosen.cpu().numpy()).ravel()
+            counts += np.bincount(cells, minlength=counts.size).reshape(counts.shape)
+        for step, noted in enumerate(before):
+            if noted.ahead is not None:
+                counts[step] += np.bincount(noted.ahead.cpu().numpy().ravel(), minlength=self._experts)
         return counts
 
 
 def _trusted(gates: Gates, layer: int, steps: list[RoutedLayer]) -> bool:
-    kept = [(noted.rows, noted.chosen) for noted in steps if noted.rows is not None]
-    if gates.settled(layer) or not kept:
+    if gates.settled(layer):
         return gates.works(layer)
-    return gates.trust(layer, torch.cat([rows for rows, _ in kept]), torch.cat([chosen for _, chosen in kept]))
-
-
-def _ahead(gates: Gates, layer: int, before: list[RoutedLayer]) -> list[npt.NDArray[np.int64] | None]:
-    """For each step what the router of `layer` chooses from the input of the layer `before` it.
-
-    It is asked once for all steps: that takes about as long for one row as for a hundred.
-    """
-    found = [None if noted.ahead is None else noted.ahead.cpu().numpy() for noted in before]
-    kept = [(step, noted.rows) for step, noted in enumerate(before) if noted.rows is not None]
+    kept = [(noted.rows, noted.chosen) for noted in steps if noted.rows is not None]
     if not kept:
-        return found
-    chosen = gates.choose(layer, torch.cat([rows for _, rows in kept]))
-    if chosen is not None:
-        parts = np.split(chosen.cpu().numpy(), np.cumsum([len(rows) for _, rows in kept])[:-1])
-        for (step, _), part in zip(kept, parts, strict=True):
-            found[step] = part
-    return found
+        return False
+    return gates.trust(layer, torch.cat([rows for rows, _ in kept]), torch.cat([chosen for _, chosen in kept]))
 
 
 def _tokens(steps: list[RoutedStep], known: dict[int, bytes]) -> dict[int, bytes]:
