@@ -28,10 +28,10 @@ from gateway import compilation
 from gateway.dispatch import Dispatcher
 from gateway.engine import Engine, EngineSettings
 from gateway.load_feed import LoadFeed
-from gateway.load_observer import Hello
 from gateway.look_ahead import Gates
 from gateway.messages import SamplingParams, Submit
 from gateway.model import load_model
+from gateway.routing_chunk import Hello
 from gateway.routing_log import RoutingLog
 from gateway.routing_packer import RoutingPacker
 from predictor.records import read_records
@@ -104,7 +104,7 @@ def main() -> None:
     ratios, each = [], []
     with tempfile.TemporaryDirectory() as folder:
         with fed(store, routing, Path(folder)):
-            for turn in range(2 + (14 if opts.quick else 60)):
+            for turn in range(2 + (36 if opts.quick else 120)):
                 order = (plain, watched) if turn % 2 else (watched, plain)
                 seconds = {}
                 for subject in order:

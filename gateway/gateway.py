@@ -28,10 +28,10 @@ from gateway.grammar import Grammars
 from gateway.inline_choice import InlineChoice
 from gateway.link.server import GatewayServer
 from gateway.load_feed import LoadFeed
-from gateway.load_observer import Hello
 from gateway.look_ahead import Gates
 from gateway.messages import GatewayStatus
 from gateway.model import load_model
+from gateway.routing_chunk import Hello
 from gateway.routing_log import RoutingLog
 from gateway.routing_packer import RoutingPacker
 from gateway.step_times import StepTimes

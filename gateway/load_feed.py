@@ -17,7 +17,7 @@ import threading
 import msgspec
 import torch
 
-from gateway.load_observer import Hello
+from gateway.routing_chunk import Hello
 from gateway.routing_packer import RoutingPacker
 
 log = logging.getLogger(__name__)

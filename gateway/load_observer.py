@@ -18,7 +18,7 @@ from typing import BinaryIO
 import msgspec
 import redis
 
-from gateway.routing_chunk import RoutingChunk
+from gateway.routing_chunk import Hello, RoutingChunk
 from predictor.load_step import LoadStep
 from predictor.records import RecordWriter
 from predictor.shape import ModelShape
@@ -31,21 +31,6 @@ log = logging.getLogger(__name__)
 
 _LOWEST_PRIORITY = 19
 _AGAIN_S = 2.0
-
-
-class Hello(msgspec.Struct, frozen=True, kw_only=True):
-    """What an observer is told first."""
-
-    gateway: str
-    shape: str
-    """`ModelShape.to_json`"""
-    redis_url: str | None = None
-    """Where the load is streamed to; None: nowhere."""
-    namespace: str = ""
-    record: str | None = None
-    """File that is written; None: none."""
-    max_bytes: int = 1 << 30
-    """Of that file."""
 
 
 class Observer:

@@ -1,4 +1,4 @@
-"""The routing of some steps in a form that travels between processes, and what the predictor makes of it."""
+"""What a gateway tells its load observer: the routing of some steps, in a form that travels between processes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ from predictor.routing import StepRouting
 
 QUEUE_STEPS = 64
 """Queued tokens are told for so many steps' budgets."""
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True):
+    """What an observer is told first."""
+
+    gateway: str
+    shape: str
+    """`ModelShape.to_json`"""
+    redis_url: str | None = None
+    """Where the load is streamed to; None: nowhere."""
+    namespace: str = ""
+    record: str | None = None
+    """File that is written; None: none."""
+    max_bytes: int = 1 << 30
+    """Of that file."""
 
 
 class StepHead(msgspec.Struct, frozen=True, array_like=True):

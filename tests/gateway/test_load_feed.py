@@ -16,9 +16,9 @@ from experts.families import moe_modules
 from gateway import load_feed
 from gateway.engine import Engine, EngineSettings
 from gateway.load_feed import LoadFeed
-from gateway.load_observer import Hello
 from gateway.look_ahead import Gates
 from gateway.model import load_model
+from gateway.routing_chunk import Hello
 from gateway.routing_log import RoutingLog
 from gateway.routing_packer import RoutingPacker
 from predictor.records import Records, read_records
