@@ -88,7 +88,7 @@ def _deploy(store: ExpertStore, directory: Directory) -> list[str]:
     units = make_units(UnitPolicy(), store.manifest.num_experts, store.manifest.moe_layers)
     experts = [
         serve.deployment(HandleReplica, name=unit.name, ray_actor_options={"num_cpus": 0}).bind(
-            unit, str(store.path), policy, directory.url, "bench"
+            unit, str(store.path), policy, directory.url, "bench", None
         )
         for unit in units
     ]

@@ -91,8 +91,9 @@ def assemble(
     namespace = _namespace(store, policy, name)
     path, fingerprint = str(store.path), store.manifest.fingerprint
     units = make_units(policy.experts.unit, store.manifest.num_experts, store.manifest.moe_layers)
-    experts = [expert_deployment(unit, path, policy.experts, redis_url, namespace) for unit in units]
-    gateway = gateway_deployment(path, policy, redis_url, namespace, str(cache_dir() / "compiled"), record)
+    compiled = str(cache_dir() / "compiled") if policy.gateway.compile else None
+    experts = [expert_deployment(unit, path, policy.experts, redis_url, namespace, compiled) for unit in units]
+    gateway = gateway_deployment(path, policy, redis_url, namespace, compiled, record)
     if policy.predictor.enabled:
         models = cache_dir() / "predictors" / fingerprint[:16]
         more = (*more, planner_deployment(policy.predictor, redis_url, namespace, str(models)))

@@ -131,3 +131,7 @@ def main() -> None:
 def _for_people(error: BaseException) -> bool:
     """Whether `error` is one of ours, worded for the operator."""
     return type(error).__module__.split(".")[0] in _OURS
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from deploy.models import cache_dir
+from experts import kernels
 from experts.families import moe_modules
 from experts.ffn import ExpertFFN
 from experts.store import ExpertStore
@@ -52,16 +53,18 @@ class VirtualEngine:
 
     def __init__(self, store: ExpertStore, *, threads: int = 1, kv_cache_gib: float = 0.5) -> None:
         """Raise StoreError or ModelError for a store that can't be served. `threads` of torch compute."""
-        torch.set_num_threads(threads)
-        manifest = store.manifest
-        inline = ExpertFFN(store, "cpu", packed=True)
+        compiled, manifest = cache_dir() / "compiled", store.manifest
+        kernels.load(compiled)
+        inline = ExpertFFN(store, fast=True)
         for expert in range(manifest.num_experts):
             inline.load(expert)
         self.clock = VirtualClock()
         self._log = _TimedLog(tuple(manifest.moe_layers), self.clock)
         dispatcher = Dispatcher(NoFleet(), inline, manifest.num_experts, 1, 1.0)
         model = load_model(store, experts=self._log.watch(dispatcher))
-        compilation.adopt(model, cache_dir() / "compiled")
+        model.threads = threads
+        torch.set_num_threads(threads)
+        compilation.adopt(model, compiled)
         self._log.gates = Gates(model.network, moe_modules(model.network), manifest.top_k)
         self.settings = EngineSettings(kv_cache_gib=kv_cache_gib, max_waiting=1 << 20)
         self._engine = Engine(model, self.settings, clock=self.clock, routing=self._log)

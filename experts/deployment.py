@@ -20,7 +20,9 @@ from recovery.directory import Directory
 class ExpertReplica:
     """Serve makes one for each replica. Rows arrive on its own sockets; Serve only starts, watches and ends it."""
 
-    def __init__(self, unit: Unit, store: str, policy: ExpertPolicy, redis_url: str, namespace: str) -> None:
+    def __init__(
+        self, unit: Unit, store: str, policy: ExpertPolicy, redis_url: str, namespace: str, compiled: str | None
+    ) -> None:
         _import_gently()
         from experts.replica import Replica
 
@@ -32,6 +34,7 @@ class ExpertReplica:
             name=serve.get_replica_context().replica_id.unique_id,
             node=ray.get_runtime_context().get_node_id(),
             node_ip=ray.util.get_node_ip_address(),
+            compiled=None if compiled is None else Path(compiled),
         )
 
     def check_health(self) -> None:
@@ -58,9 +61,9 @@ def _import_gently() -> None:
 
 
 def expert_deployment(
-    unit: Unit, store: str, policy: ExpertPolicy, redis_url: str, namespace: str
+    unit: Unit, store: str, policy: ExpertPolicy, redis_url: str, namespace: str, compiled: str | None
 ) -> serve.Application:
-    """The Serve application node of `unit`: autoscaled from 0 by the plan."""
+    """The Serve application node of `unit`: autoscaled from 0 by the plan; `compiled` is where kernels are kept."""
     scaling = {
         "min_replicas": 0,
         "initial_replicas": 0,
@@ -81,4 +84,4 @@ def expert_deployment(
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=5.0,
     )
-    return deployment.bind(unit, store, policy, redis_url, namespace)
+    return deployment.bind(unit, store, policy, redis_url, namespace, compiled)

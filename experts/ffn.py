@@ -12,31 +12,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from experts import expert_ffn
+from experts import kernels
 from experts.manifest import SliceForm
-from experts.matrix import PackedMatrix, PlainMatrix, packable
+from experts.mapped import populate
+from experts.matrix import FastMatrix, PlainMatrix, packable
 from experts.store import ExpertStore
 
 _ACTIVATIONS = {"silu": F.silu}
-
-
-Matrix = PlainMatrix | PackedMatrix
 
 
 @dataclass(frozen=True)
 class SliceWeights:
     """The two products of one slice, rows `[T, in]` to `[T, out]`; `up` is gate and up projection together if gated."""
 
-    up: Matrix
-    down: Matrix
+    up: PlainMatrix
+    down: PlainMatrix
 
     @classmethod
-    def of(cls, params: dict[str, torch.Tensor], form: SliceForm, *, packed: bool) -> "SliceWeights":
-        """From a slice's parameters as the store names them: views of them, or `packed` copies."""
+    def of(cls, params: dict[str, torch.Tensor], form: SliceForm, *, fast: bool) -> "SliceWeights":
+        """From a slice's parameters as the store names them: views of them, or `fast` matrices."""
         name = "gate_up_proj" if form.gated else "up_proj"
         return cls(
             *(
-                _product(params[weight], params.get(f"{weight}_bias"), form.transposed, packed)
+                _product(params[weight], params.get(f"{weight}_bias"), form.transposed, fast)
                 for weight in (name, "down_proj")
             )
         )
@@ -46,18 +44,20 @@ class ExpertFFN:
     """The pure function of a slice on `device`, for the experts that are loaded.
 
     On a CPU the weights stay memory-mapped: loading costs no memory of its own and `unload` gives back the address
-    space. With `packed` they are copied into the kernel's layout instead: faster, in memory of this process alone.
-    Other devices get a copy. Experts may be loaded and unloaded while another thread computes.
+    space. `fast` ones (see `FastMatrix`) are copied where our kernels are not built. Other devices get a copy. Experts
+    may be loaded and unloaded while another thread computes.
     """
 
-    def __init__(self, store: ExpertStore, device: torch.device | str = "cpu", *, packed: bool = False) -> None:
+    def __init__(self, store: ExpertStore, device: torch.device | str = "cpu", *, fast: bool = False) -> None:
         self.device = torch.device(device)
-        self._packed = packed
+        self._fast = fast
         form = store.manifest.form
         self._fusable = form.gated and form.activation == "silu" and not form.bias and not form.normed
         self._store = store
         self._form = store.manifest.form
         self._slices: dict[int, dict[int, SliceWeights]] = {}
+        self._wholes: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        """Layer -> both weights of all its experts, where all are loaded and the kernel takes them."""
         self._modules = {} if self._form.activation else _experts_modules(store)
 
     @property
@@ -77,6 +77,7 @@ class ExpertFFN:
     def unload(self, expert: int) -> None:
         """Let go of the expert's weights, if they are loaded."""
         self._slices.pop(expert, None)
+        self._wholes.clear()
 
     def __call__(self, layer: int, expert: int, rows: torch.Tensor) -> torch.Tensor:
         """The expert's output `[T, H]` for `rows [T, H]`, without router weights; see `compute`."""
@@ -107,14 +108,34 @@ class ExpertFFN:
             self._compute(layer, counts, weights, rows.to(self.device), result)
             out.copy_(result)
 
+    @torch.no_grad()
+    def mixture(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Rows `hidden [T, H]` through the experts `index [T, K]`, summed by `weights [T, K]`, in a single call.
+
+        None where the compiled kernel does not compute that: an expert of the model is not loaded, or of another form.
+        """
+        experts = self._store.manifest.num_experts
+        if len(self._slices) < experts:
+            return None
+        if layer not in self._wholes:
+            every = [self._slice(layer, expert) for expert in range(experts)]
+            if not all(self._fuses(slice_, hidden) for slice_ in every):
+                return None
+            self._wholes[layer] = [s.up.weight for s in every], [s.down.weight for s in every]
+        if not kernels.few(len(hidden)):
+            return None
+        up, down = self._wholes[layer]
+        return kernels.mixture(hidden.contiguous(), index.contiguous(), weights, up, down)
+
     def _compute(
         self, layer: int, counts: list[int], weights: list[SliceWeights], rows: torch.Tensor, out: torch.Tensor
     ) -> None:
         if not weights:
             return
         if self._fuses(weights[0], rows):
-            up, down = [w.up for w in weights], [w.down for w in weights]
-            expert_ffn.expert_ffn(rows, counts, up, down, out)  # type: ignore[arg-type]
+            kernels.expert_ffn(rows, counts, [w.up.weight for w in weights], [w.down.weight for w in weights], out)
             return
         # All first products, one activation for all rows, all second products: fewer and longer operations.
         parts = torch.split_with_sizes(rows, counts)
@@ -125,9 +146,9 @@ class ExpertFFN:
             out.copy_(self._modules[layer].post_expert_norm(out))  # type: ignore[operator]
 
     def _fuses(self, weights: SliceWeights, rows: torch.Tensor) -> bool:
-        """Whether the compiled kernel computes such slices."""
-        packed = self._fusable and isinstance(weights.up, PackedMatrix)
-        return packed and expert_ffn.takes(rows, weights.up.out_features // 2)
+        """Whether the compiled kernel computes such slices, and is the fastest way for `rows`."""
+        both = (weights.up, weights.down)
+        return self._fusable and all(isinstance(matrix, FastMatrix) and matrix.streams(rows) for matrix in both)
 
     def _activate(self, layer: int, inner: torch.Tensor) -> torch.Tensor:
         activation = _ACTIVATIONS.get(self._form.activation or "")
@@ -155,17 +176,18 @@ class ExpertFFN:
             params = {name: tensor.to(self.device) for name, tensor in params.items()}
             if self._modules:
                 _give_shared(self._modules[layer], params)
-            layers[layer] = SliceWeights.of(params, self._form, packed=self._packed)
+            layers[layer] = SliceWeights.of(params, self._form, fast=self._fast)
+            if self._fast:
+                populate(layers[layer].up.weight)
+                populate(layers[layer].down.weight)
         return layers
 
 
-def _product(
-    weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, packed: bool
-) -> PlainMatrix | PackedMatrix:
+def _product(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, fast: bool) -> PlainMatrix:
     """The product with `weight`, `[out, in]` or, `transposed`, `[in, out]`."""
     plain = weight.t() if transposed else weight
-    if packed and packable(plain):
-        return PackedMatrix(plain.contiguous(), bias)
+    if kernels.multiplies(plain) or (fast and packable(plain)):
+        return FastMatrix(plain, bias)
     return PlainMatrix(plain, bias)
 
 

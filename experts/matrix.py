@@ -1,11 +1,14 @@
-"""The products with fixed weights that a gateway and its replicas consist of: plain, or packed.
+"""The products with fixed weights that a gateway and its replicas consist of: plain, or as fast as can be.
 
-On a CPU oneDNN reads weights blocked by its own vector width: multiplying few rows by a packed matrix runs at the
-speed of memory, about twice as fast as by a plain one. The packed copy is memory of this process alone.
+Multiplying few rows takes as long as reading the weights. Our own kernel reads them where they lie, at the speed of
+memory. Where it is not built, oneDNN's packed layout comes next, about twice as fast as a plain product; its copy of
+the weights is memory of this process alone.
 """
 
 import torch
 from torch.nn import functional as F
+
+from experts import kernels
 
 _PACKABLE = (torch.bfloat16, torch.float32)
 
@@ -16,25 +19,37 @@ class PlainMatrix:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight = weight
         self.out_features = weight.shape[0]
-        self._bias = bias
+        self.bias = bias
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows `[..., in]` to `[..., out]`."""
-        return F.linear(rows, self.weight, self._bias)
+        return F.linear(rows, self.weight, self.bias)
 
 
-class PackedMatrix:
-    """The same with a copy of the weights in the kernel's own layout; only for what is `packable`."""
+class FastMatrix(PlainMatrix):
+    """The same by the compiled kernel, or else with a packed copy of the weights; only for what is `packable`."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self.out_features = weight.shape[0]
-        self.bias = bias
-        self.weight: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        super().__init__(weight.contiguous(), bias)
+        self._packed: torch.Tensor | None = None
+        if not kernels.multiplies(self.weight):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows `[..., in]` to `[..., out]`."""
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        if self.streams(rows):
+            return kernels.product(rows, self.weight, self.bias)
+        if self._packed is None:
+            return F.linear(rows, self.weight, self.bias)
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
         return result
+
+    def streams(self, rows: torch.Tensor) -> bool:
+        """Whether the compiled kernel multiplies `rows`; once it is there, nothing needs a packed copy."""
+        if not kernels.multiplies(self.weight):
+            return False
+        self._packed = None
+        return rows.dtype == self.weight.dtype and kernels.few(rows.numel() // self.weight.shape[1])
 
 
 def packable(weight: torch.Tensor) -> bool:

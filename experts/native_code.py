@@ -37,7 +37,8 @@ def need_compiler() -> None:
 
 def library(source: Path, folder: Path) -> Path:
     """The file in `folder` that `source` is compiled to: named by what it is made of and for."""
-    made_of = f"{made_for()} {source.read_text()}"
+    headers = sorted(Path(__file__).parent.glob("*.h"))
+    made_of = " ".join([made_for(), *(file.read_text() for file in [source, *headers])])
     return folder / f"{source.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
 
 
@@ -60,15 +61,15 @@ def build(source: Path, folder: Path) -> None:
         Path(builder.get_target_file_path()).replace(target)
 
 
-def load(source: Path, folder: Path) -> bool:
-    """Let this process have the operators of `source`, if `folder` has them; the first is named as the file is."""
+def load(source: Path, folder: Path, operator: str) -> bool:
+    """Let this process have the operators of `source`, if `folder` has them; `operator` is one of them."""
     file = library(source, folder)
     if not file.exists():
         return False
     try:
-        if not hasattr(torch.ops.evermoe, source.stem):  # a process registers it once
+        if not hasattr(torch.ops.evermoe, operator):  # a process registers it once
             torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
-        return hasattr(torch.ops.evermoe, source.stem)
+        return hasattr(torch.ops.evermoe, operator)
     except OSError as error:
         log.warning("served without the compiled kernel: %s can't be loaded (%s)", file, error)
         return False

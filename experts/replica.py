@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from experts import kernels
 from experts.ffn import ExpertFFN
 from experts.store import ExpertStore
 from experts.wire.frame import Segment
@@ -27,16 +28,28 @@ class Replica:
     """
 
     def __init__(
-        self, unit: Unit, store: Path, policy: ExpertPolicy, directory: Directory, *, name: str, node: str, node_ip: str
+        self,
+        unit: Unit,
+        store: Path,
+        policy: ExpertPolicy,
+        directory: Directory,
+        *,
+        name: str,
+        node: str,
+        node_ip: str,
+        compiled: Path | None = None,
     ) -> None:
+        """`compiled` is the folder of this host where compiled kernels are, or will be."""
         self._unit = unit
         self._slices = frozenset((layer, expert) for layer in unit.layers for expert in unit.experts)
         opened = ExpertStore.open(store)
-        self._ffn = ExpertFFN(opened, device="cuda" if policy.resources.gpu else "cpu", packed=True)
+        self._exits = contextlib.ExitStack()
+        if compiled is not None:
+            self._exits.enter_context(kernels.loading(compiled, policy.threads))
+        self._ffn = ExpertFFN(opened, device="cuda" if policy.resources.gpu else "cpu", fast=True)
         for expert in unit.experts:
             self._ffn.load(expert)
         directory.wait(START_S)
-        self._exits = contextlib.ExitStack()
         self._server = self._exits.enter_context(
             ExpertServer(self.compute, directory.secret(), opened.manifest.fingerprint, node_ip, policy.threads)
         )

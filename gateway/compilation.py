@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experts import expert_ffn, native_code
+from experts import kernels, native_code
 from experts.store import ExpertStore, StoreError
 from gateway import layer_ops, paged_decode
 from gateway.compiled_layers import CallPattern, CompiledLayer, UncompilableError, check, package, patterns, signature
@@ -58,10 +58,9 @@ class Echo:
         return (hidden.float() * (weights.float() * (index + 1)).sum(-1, keepdim=True)).to(hidden.dtype)
 
 
-def adopt(model: GatewayModel, folder: Path) -> int:
-    """Let `model` run what `folder` has of its layers from now on; how many they are. Between two steps only."""
-    paged_decode.load(folder)
-    expert_ffn.load(folder)
+def adopt(model: GatewayModel, folder: Path) -> bool:
+    """Let `model` run what `folder` has of its layers from now on; whether that is all. Between two steps only."""
+    complete = all([paged_decode.load(folder), kernels.load(folder)])
     refused = Refusals()
     adopted = 0
     for index, found in enumerate(_packages(model, folder)):
@@ -70,6 +69,7 @@ def adopt(model: GatewayModel, folder: Path) -> int:
             continue
         pattern, file = found
         if not file.exists():
+            complete = False
             continue
         try:
             with torch.inference_mode():
@@ -83,7 +83,7 @@ def adopt(model: GatewayModel, folder: Path) -> int:
     model.compiled = adopted
     if refused:
         log.warning("not all decoder layers run compiled: %s", refused)
-    return adopted
+    return complete
 
 
 class Refusals:
@@ -183,7 +183,7 @@ def compile_layers(store: Path, folder: Path) -> Refusals:
     model = load_model(ExpertStore.open(store), experts=Echo.experts)
     folder.mkdir(parents=True, exist_ok=True)
     paged_decode.build(folder)
-    expert_ffn.build(folder)
+    kernels.build(folder)
     refused = Refusals()
     tried: dict[Path, Exception | None] = {}
     for index, found in enumerate(_packages(model, folder)):

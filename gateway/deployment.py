@@ -22,11 +22,10 @@ class GatewayReplica:
     """Serve makes one for each gateway; requests arrive on its own port, not through Serve."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, store: str, policy: Policy, redis_url: str, namespace: str, compiled: str, record: Path | None
+        self, store: str, policy: Policy, redis_url: str, namespace: str, compiled: str | None, record: Path | None
     ) -> None:
-        # How long OpenMP's threads spin before they sleep, read when torch is imported: replicas on the same host want
-        # the cores while the gateway waits for them; without replicas nobody does, and waking up costs more.
-        os.environ.setdefault("GOMP_SPINCOUNT", "300000" if policy.gateway.inline == "prefer" else "20000")
+        # How long OpenMP's threads spin before they sleep, read when torch is imported: the cores are shared.
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
         from gateway.gateway import Gateway
 
         self._gateway = Gateway(
@@ -36,7 +35,7 @@ class GatewayReplica:
             name=serve.get_replica_context().replica_id.unique_id,
             node=ray.get_runtime_context().get_node_id(),
             node_ip=ray.util.get_node_ip_address(),
-            compiled=Path(compiled),
+            compiled=None if compiled is None else Path(compiled),
             record=record,
         )
         await self._gateway.__aenter__()
@@ -53,9 +52,9 @@ class GatewayReplica:
 
 
 def gateway_deployment(
-    store: str, policy: Policy, redis_url: str, namespace: str, compiled: str, record: Path | None = None
+    store: str, policy: Policy, redis_url: str, namespace: str, compiled: str | None, record: Path | None = None
 ) -> serve.Application:
-    """The Serve application node of the gateway; `compiled` is where compiled layers are kept.
+    """The Serve application node of the gateway; `compiled` is where compiled layers are kept, if any are.
 
     What is routed is recorded in the file `record`, where one is named.
     """

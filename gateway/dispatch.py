@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from experts import expert_ffn
+from experts import kernels
 from experts.ffn import ExpertFFN
 from experts.wire.arena import Arena
 from experts.wire.channel import Call, CallRefusedError
@@ -75,9 +75,25 @@ class Dispatcher:
     ) -> torch.Tensor:
         """Run ``hidden [T, H]`` through the experts ``top_k_index [T, K]`` and sum them by ``top_k_weights [T, K]``."""
         self._times.start()
+        if self._may_inline and not self._fleet.table.links:
+            summed = self._mixture(layer, hidden, top_k_index, top_k_weights)
+            if summed is not None:
+                return summed
         rows, place = self._rows(layer, hidden, top_k_index)
         summed = combine(rows, place, top_k_weights).to(hidden.device)
         self._times.end("combine")
+        return summed
+
+    def _mixture(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The whole layer inline, in one call; None where that can't be."""
+        self._times.end("dispatch")
+        summed = self._inline.mixture(layer, hidden, index, weights)
+        if summed is not None:
+            self._times.end("inline")
+            for expert in np.unique(index.numpy()).tolist():
+                self.calls[layer, expert, "inline"] += 1
         return summed
 
     def _rows(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -286,7 +302,7 @@ def _usable(table: DispatchTable, layer: int, expert: int, avoid: frozenset[str]
 
 def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum ``rows[place]`` (``[T * K, H]``) by ``weights [T, K]`` in fp32, k by k; ``[T, H]`` in the rows' dtype."""
-    if expert_ffn.takes(rows, 0):
-        return expert_ffn.weighted_sum(rows, place, weights)
+    if kernels.sums(rows):
+        return kernels.weighted_sum(rows, place, weights)
     mine = rows.index_select(0, place.to(rows.device)).view(*weights.shape, -1)
     return torch.bmm(weights.float().to(rows.device).unsqueeze(1), mine.float()).squeeze(1).to(rows.dtype)

@@ -15,6 +15,7 @@ from pathlib import Path
 import redis
 import torch
 
+from experts import kernels
 from experts.families import moe_modules
 from experts.ffn import ExpertFFN
 from experts.store import ExpertStore, Manifest
@@ -94,6 +95,9 @@ class Gateway:
         return self._server.healthy
 
     async def __aenter__(self) -> Gateway:
+        self._loop = asyncio.get_running_loop()
+        if self._compiled is not None:
+            kernels.load(self._compiled)
         self._directory.wait(START_S)
         secret, fingerprint = self._directory.secret(), self._store.manifest.fingerprint
         self._dispatcher = self._connect(secret)
@@ -111,7 +115,7 @@ class Gateway:
                 fingerprint=fingerprint,
                 status=self._status,
                 tcp_host=self._node_ip,
-                prepare=lambda: _use_threads(self._policy.gateway.threads or os.cpu_count() or 1),
+                prepare=self._prepare,
             )
         )
         self._exits.push_async_callback(self._finish_sequences)
@@ -123,9 +127,6 @@ class Gateway:
             loading = threading.Thread(target=self._load_experts, name="load-experts", daemon=True)
             loading.start()
             self._exits.push_async_callback(asyncio.to_thread, loading.join)
-        if self._policy.gateway.compile and self._compiled is not None and model.device.type == "cpu":
-            compiling = asyncio.create_task(self._compile(self._compiled), name="compile")
-            self._exits.callback(compiling.cancel)
         if self._routing is not None:
             feeding = asyncio.create_task(self._feed_load(self._routing), name="feed-load")
             self._exits.callback(feeding.cancel)
@@ -158,17 +159,24 @@ class Gateway:
         for expert in range(self._store.manifest.num_experts):
             self._inline.load(expert)
 
-    async def _compile(self, folder: Path) -> None:
-        """Take over compiled layers: those of an earlier start at once, the others when they are there."""
+    def _prepare(self) -> None:
+        """First thing in the engine's thread: what belongs to a thread, and compiled layers of an earlier start."""
+        self._model.threads = self._policy.gateway.threads or os.cpu_count() or 1
+        torch.set_num_threads(self._model.threads)
+        if self._compiled is not None and self._model.device.type == "cpu":
+            complete = compilation.adopt(self._model, self._compiled)
+            if not complete:
+                self._loop.call_soon_threadsafe(self._compile, self._compiled)
+
+    def _compile(self, folder: Path) -> None:
+        """Compile what is missing, in a while, and take it over when it is there."""
 
         def adopt() -> None:
             self._model.between_steps = partial(compilation.adopt, self._model, folder)
 
-        adopt()
-        await asyncio.sleep(_COMPILE_AFTER_S)
         compiling = Compilation(self._store.path, folder, adopt)
         self._exits.push_async_callback(asyncio.to_thread, compiling.close)
-        compiling.start()
+        self._exits.callback(self._loop.call_later(_COMPILE_AFTER_S, compiling.start).cancel)
 
     async def _start_experts(self) -> None:
         """Publish the first plan, not at once: starting replicas would take the cores from the first request."""
@@ -197,9 +205,7 @@ class Gateway:
         """The dispatcher with the fleet it uses; an expert's inline copy is unmapped once replicas cover it."""
         manifest, policy = self._store.manifest, self._policy
         prefer = policy.gateway.inline == "prefer"
-        inline = self._inline = ExpertFFN(
-            self._store, _device(policy.gateway.device) if prefer else "cpu", packed=prefer
-        )
+        inline = self._inline = ExpertFFN(self._store, _device(policy.gateway.device) if prefer else "cpu", fast=prefer)
 
         def changed(table: DispatchTable) -> None:
             if not prefer:
@@ -243,12 +249,6 @@ class Gateway:
             compiled_layers=self._model.compiled,
             load_steps_dropped=0 if self._routing is None else self._routing.dropped,
         )
-
-
-def _use_threads(number: int) -> None:
-    """Let torch compute with `number` threads where this one calls it, whatever other threads set for themselves."""
-    torch.set_num_threads(number)
-    torch.get_num_threads()  # a thread takes the last number that any has set when it first asks: this one does so now
 
 
 def _settings(policy: GatewayPolicy) -> EngineSettings:

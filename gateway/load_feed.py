@@ -58,6 +58,7 @@ class LoadFeed:
 
     def _run(self) -> None:
         torch.set_num_threads(1)  # of this thread: the engine's cores are the engine's
+        torch.get_num_threads()  # settles it: a thread takes what any has set last when it first asks
         while not self._stop.is_set():
             try:
                 self._feed()

@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from experts import kernels
 from experts.families import moe_modules
 from experts.store import ExpertStore
 from gateway import layer_ops
@@ -30,6 +31,7 @@ from gateway.packed_linear import pack_linears
 from gateway.rope import LengthRope, UnsupportedRopeError, length_rope
 
 _NAME = "evermoe"
+_FEW_ROWS = 64
 
 
 class ModelError(ValueError):
@@ -71,6 +73,8 @@ class GatewayModel:
         pack_linears(network, lambda: self.kv_shapes.update(self._probe()))
         self.compiled = 0
         """Layers that run compiled."""
+        self.threads: int | None = None
+        """Threads that share a step; None leaves torch's setting alone."""
         self.between_steps: Callable[[], object] | None = None
         """Called once, before the next forward."""
         self.layers = decoder_layers(network)
@@ -82,9 +86,22 @@ class GatewayModel:
         if self.between_steps is not None:
             change, self.between_steps = self.between_steps, None
             change()
+        self._share(len(batch.token_ids))
         if self.rope is not None:
             self.rope.lengths = batch.lengths
         return self._run(batch.token_ids, batch.positions, batch.sample_rows, batch.attention)
+
+    def _share(self, rows: int) -> None:
+        """Torch's own operations on few rows are small: with the kernels there they gain nothing from a second thread.
+
+        Each would end in a barrier, and wait for that thread where another process has its core.
+        """
+        if self.threads is None:
+            return
+        alone = kernels.loaded() and rows <= _FEW_ROWS
+        torch.set_num_threads(1 if alone else self.threads)
+        if kernels.loaded():
+            kernels.share(self.threads)
 
     @torch.inference_mode()
     def _run(

@@ -12,15 +12,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from experts.matrix import PackedMatrix, packable
+from experts.mapped import populate
+from experts.matrix import FastMatrix, packable
 from gateway import layer_ops
 
 
 class LayerProduct:
     """A packed matrix; while its layer is traced, the operator that stands for it."""
 
-    def __init__(self, matrix: PackedMatrix) -> None:
+    def __init__(self, matrix: FastMatrix) -> None:
         self._matrix = matrix
+        populate(matrix.weight)
         self.slot = 0
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
@@ -57,7 +59,7 @@ class SharedInput:
         bias = None
         if any(linear.bias is not None for linear in linears):
             bias = torch.cat([_bias(linear) for linear in linears])
-        self.whole = LayerProduct(PackedMatrix(torch.cat([linear.weight for linear in linears]), bias))
+        self.whole = LayerProduct(FastMatrix(torch.cat([linear.weight for linear in linears]), bias))
         self._sizes = [linear.out_features for linear in linears]
         self._rows: torch.Tensor | None = None
         self._parts: tuple[torch.Tensor, ...] = ()
@@ -83,7 +85,7 @@ def pack_linears(network: nn.Module, run: Callable[[], object]) -> None:
     for names in _sharing(linears, run):
         group = [linears[name] for name in names]
         if len(group) == 1:
-            product = LayerProduct(PackedMatrix(group[0].weight, group[0].bias))
+            product = LayerProduct(FastMatrix(group[0].weight, group[0].bias))
             _replace(network, names[0], PackedLinear(group[0], product))
             continue
         shared = SharedInput(group)

@@ -3,7 +3,6 @@
 // torch has no CPU kernel that reads a block table; gathering the blocks first costs as much as the attention itself.
 // A task is one sequence and one key head with the query heads that share it. Sums are fp32.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -15,6 +14,8 @@
 #include <limits>
 #include <optional>
 #include <vector>
+
+#include "../experts/team.h"
 
 namespace {
 
@@ -187,9 +188,10 @@ at::Tensor paged_decode(const at::Tensor& query, const at::Tensor& keys, const a
   const int64_t grain = std::max<int64_t>(1, 16384 / (s.longest * s.group + 1));
   const auto run = [&]<typename scalar_t>() {
     const scalar_t* q = query.const_data_ptr<scalar_t>();
-    at::parallel_for(0, s.sequences * s.key_heads, grain, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch;
-      for (int64_t task = begin; task < end; ++task) {
+    const int64_t tasks = s.sequences * s.key_heads;
+    evermoe::Team::shared().run((tasks + grain - 1) / grain, [&](int64_t chunk) {
+      thread_local std::vector<float> scratch;
+      for (int64_t task = chunk * grain; task < std::min(tasks, (chunk + 1) * grain); ++task) {
         const int64_t b = task / s.key_heads, h = task % s.key_heads, head = h * s.group;
         attend<scalar_t>(
             s, q + head * query.stride(0) + b * query.stride(1), query.stride(0),

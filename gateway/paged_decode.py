@@ -29,7 +29,7 @@ def build(folder: Path) -> None:
 def load(folder: Path) -> bool:
     """Load the kernel from `folder` if it is there; whether it is loaded now."""
     global _kernel
-    if _kernel is None and native_code.load(_SOURCE, folder):
+    if _kernel is None and native_code.load(_SOURCE, folder, "paged_decode"):
         _kernel = torch.ops.evermoe.paged_decode.default
     return loaded()
 

@@ -29,6 +29,7 @@ _BLOCK = 64
 """Tokens whose probabilities are summed before the cumulative sum, which is the slow part, is taken."""
 
 Words = npt.NDArray[np.uint64]
+Numbers = npt.NDArray[np.float64]
 
 
 @torch.inference_mode()
@@ -58,7 +59,7 @@ def tell(logits: torch.Tensor, sequences: Seq[Sequence], tokens: Seq[int]) -> di
     return dict(zip(rows, logprobs(logits[index], [tokens[i] for i in rows], best), strict=True))
 
 
-def uniform(seeds: Words, positions: Words) -> npt.NDArray[np.float64]:
+def uniform(seeds: Words, positions: Words) -> Numbers:
     """One number in [0, 1) for each pair of `seeds` and `positions` (both uint64), alike for alike pairs.
 
     Two rounds of splitmix64 (Steele, Lea and Flood 2014), a counter-based generator: no state, no order.
@@ -99,7 +100,7 @@ def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
         probabilities[index] = rows
     seeds = np.array([sequence.seed & _MASK for sequence in sequences], dtype=np.uint64)
     positions = np.array([sequence.generated for sequence in sequences], dtype=np.uint64)
-    return _invert(probabilities, torch.from_numpy(uniform(seeds, positions)).to(logits.device))
+    return _invert(probabilities, uniform(seeds, positions))
 
 
 def _keep_likely(probabilities: torch.Tensor, params: Seq[SamplingParams]) -> None:
@@ -141,29 +142,31 @@ def _sorted(rows: torch.Tensor) -> torch.Tensor:
     return rows.sort(dim=-1).values
 
 
-def _invert(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+def _invert(probabilities: torch.Tensor, numbers: Numbers) -> torch.Tensor:
     """For each row [S, vocabulary] the first token at which the cumulative probability exceeds its number in [0, 1).
 
-    In two steps, first over blocks of tokens and then within one. The rows need not sum to 1.
+    In two steps, first over blocks of tokens and then within one; so little is left for numpy, whose operations on few
+    numbers cost a fraction of torch's. The rows need not sum to 1.
     """
     rows, vocabulary = probabilities.shape
     if vocabulary % _BLOCK:
         probabilities = F.pad(probabilities, (0, _BLOCK - vocabulary % _BLOCK))
     blocks = probabilities.view(rows, -1, _BLOCK)
-    sums = blocks.sum(dim=-1).double()
-    block, rest = _search(sums, numbers * sums.sum(dim=-1))
-    within = blocks[torch.arange(rows, device=block.device), block].double()
-    return block * _BLOCK + _search(within, rest)[0]
+    sums = blocks.sum(dim=-1).cpu().numpy().astype(np.float64)
+    block, rest = _search(sums, numbers * sums.sum(axis=-1))
+    at = torch.from_numpy(np.arange(rows) * blocks.shape[1] + block).to(blocks.device)
+    within = blocks.flatten(0, 1).index_select(0, at).cpu().numpy().astype(np.float64)
+    return torch.from_numpy(block * _BLOCK + _search(within, rest)[0]).to(blocks.device)
 
 
-def _search(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _search(weights: Numbers, target: Numbers) -> tuple[npt.NDArray[np.int64], Numbers]:
     """The first entry of each row of `weights` [S, N] at which their sum exceeds `target` [S], and what is left of it.
 
-    Never one of weight 0: rounding may leave `target` a little outside of what the row sums up to.
+    Never one of weight 0: rounding may leave `target` a little outside of what the row sums up to. Rows that are not
+    numbers yield some token; nobody takes it.
     """
-    sums = weights.cumsum(dim=-1)
-    inside = target.clamp(min=0).minimum(sums[:, -1].nextafter(torch.zeros_like(target)))
-    # The clamp is for rows that are not numbers; nobody takes their tokens.
-    found = torch.searchsorted(sums, inside[:, None], right=True).clamp_(max=weights.shape[1] - 1)
-    before = sums.gather(1, found) - weights.gather(1, found)
-    return found.squeeze(1), inside - before.squeeze(1)
+    sums = weights.cumsum(axis=-1)
+    inside = np.minimum(np.maximum(target, 0), np.nextafter(sums[:, -1], 0))
+    found = (sums > inside[:, None]).argmax(axis=-1)
+    rows = np.arange(len(found))
+    return found, inside - (sums[rows, found] - weights[rows, found])

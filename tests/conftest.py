@@ -59,14 +59,14 @@ def redis_url() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def compiled_folder() -> Iterator[Path]:
     """A folder with the compiled kernels, made once a session; compiled layers may be put there too."""
-    from experts import expert_ffn
+    from experts import kernels
     from experts.native_code import NoCompilerError
     from gateway import paged_decode
 
     folder = Path(tempfile.mkdtemp(prefix="evermoe-"))
     try:
         paged_decode.build(folder)
-        expert_ffn.build(folder)
+        kernels.build(folder)
         yield folder
     except NoCompilerError as error:
         pytest.skip(str(error))

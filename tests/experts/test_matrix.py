@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from experts.ffn import ExpertFFN
-from experts.matrix import PackedMatrix, PlainMatrix, packable
+from experts.matrix import FastMatrix, PlainMatrix, packable
 from experts.store import prepare
 from tests.checkpoints import FAMILIES, write_checkpoint
 
@@ -46,14 +46,14 @@ def assert_same(result: torch.Tensor, expected: torch.Tensor) -> None:
 def test_packed_equals_linear(rows: int, inner: int, out: int, bias: bool, dtype: torch.dtype) -> None:
     x, weight = random(rows, inner, dtype=dtype), random(out, inner, dtype=dtype)
     added = random(out, dtype=dtype) if bias else None
-    assert_same(PackedMatrix(weight, added)(x), F.linear(x, weight, added))
+    assert_same(FastMatrix(weight, added)(x), F.linear(x, weight, added))
 
 
 @either_dtype
 @pytest.mark.parametrize("shape", [(24,), (1, 5, 24), (2, 3, 24), (2, 0, 24), (0, 24)])
 def test_rows_of_any_number_of_dimensions(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, weight, bias = random(*shape, dtype=dtype), random(7, 24, dtype=dtype), random(7, dtype=dtype)
-    assert_same(PackedMatrix(weight, bias)(x), F.linear(x, weight, bias))
+    assert_same(FastMatrix(weight, bias)(x), F.linear(x, weight, bias))
 
 
 def _strided(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ def _strided(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", _strided(torch.float32))
 def test_rows_need_not_be_contiguous(dtype: torch.dtype, kind: str) -> None:
     x, weight = _strided(dtype)[kind], random(40, 24, dtype=dtype)
-    assert_same(PackedMatrix(weight)(x), F.linear(x, weight))
+    assert_same(FastMatrix(weight)(x), F.linear(x, weight))
 
 
 @either_dtype
@@ -80,12 +80,12 @@ def test_a_weight_that_is_a_view_is_packed_as_it_reads(dtype: torch.dtype) -> No
     whole = random(40, 30, dtype=dtype)
     x = random(5, 16, dtype=dtype)
     for weight in (whole[3:20, 4:20], whole[::2, :16], random(16, 9, dtype=dtype).t()):
-        assert_same(PackedMatrix(weight)(x), F.linear(x, weight))
+        assert_same(FastMatrix(weight)(x), F.linear(x, weight))
 
 
 def test_the_packed_copy_is_its_own() -> None:
     weight = random(8, 8)
-    packed, x = PackedMatrix(weight), random(2, 8)
+    packed, x = FastMatrix(weight), random(2, 8)
     expected = F.linear(x, weight)
     weight.zero_()
     assert_same(packed(x), expected)
@@ -99,7 +99,7 @@ def test_a_plain_matrix_is_the_weight_itself() -> None:
 
 
 def test_both_tell_how_wide_they_are() -> None:
-    assert PlainMatrix(random(6, 5)).out_features == PackedMatrix(random(6, 5)).out_features == 6
+    assert PlainMatrix(random(6, 5)).out_features == FastMatrix(random(6, 5)).out_features == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8, torch.float8_e4m3fn])
@@ -131,7 +131,7 @@ def test_nothing_is_packable_without_onednn(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_slices_equal_mapped_ones_in_every_family(family: str, tmp_path: Path) -> None:
     store = prepare(write_checkpoint(family, tmp_path / "checkpoint"), tmp_path / "store")
-    plain, packed = ExpertFFN(store), ExpertFFN(store, packed=True)
+    plain, packed = ExpertFFN(store), ExpertFFN(store, fast=True)
     rows = 3 * random(9, store.manifest.hidden_size)
     for layer in store.manifest.moe_layers:
         segments = [(2, 4), (0, 0), (1, 1), (3, 4)]
@@ -141,7 +141,7 @@ def test_packed_slices_equal_mapped_ones_in_every_family(family: str, tmp_path: 
         assert one.abs().max() > 0
         assert_same(other, one)
     assert all(
-        isinstance(matrix, PackedMatrix)
+        isinstance(matrix, FastMatrix)
         for layers in packed._slices.values()
         for weights in layers.values()
         for matrix in (weights.up, weights.down)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from experts import expert_ffn, native_code
+from experts import kernels, native_code
 from gateway import compilation, compiled_layers, layer_ops, paged_decode
 from gateway.compilation import Compilation, Echo, adopt, compile_layers
 from gateway.compiled_layers import CallPattern, CompiledLayer, UncompilableError
@@ -119,7 +119,8 @@ def test_equals_generate_with_chunked_prompts_beside_decoding(
     with_kernel: bool, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     one = fresh(family_of(family))
-    assert adopt(one.model, folders[family]) == len(one.model.layers)
+    assert adopt(one.model, folders[family])
+    assert one.model.compiled == len(one.model.layers)
     assert all(runs_compiled(one.model))
     if not with_kernel:
         monkeypatch.setattr(paged_decode, "_kernel", None)
@@ -155,7 +156,8 @@ def test_a_model_is_taken_over_between_two_steps(
         nonlocal steps
         steps += 1
         if steps == 9:
-            assert adopt(one.model, folders["gpt_oss"]) == 2
+            assert adopt(one.model, folders["gpt_oss"])
+            assert one.model.compiled == 2
 
     assert [answer for _, answer in sorted(drain(engine, between).items())] == expected(one)
     assert steps > 30
@@ -170,8 +172,8 @@ def test_layers_of_one_kind_share_a_package(family_of: FamilyOf, folders: dict[s
 
 def test_a_compilation_leaves_whole_files_and_nothing_else(folders: dict[str, Path]) -> None:
     for folder in folders.values():
-        kernels = {paged_decode.library(folder), expert_ffn.library(folder)}
-        assert {*folder.iterdir()} == {*kernels, *packages(folder)}
+        built = {paged_decode.library(folder), kernels.library(folder)}
+        assert {*folder.iterdir()} == {*built, *packages(folder)}
         assert all(len(package.name) == 24 for package in packages(folder))
 
 
@@ -186,7 +188,8 @@ def test_a_damaged_package_leaves_the_layers_as_they_are(
         file.unlink()
         if damage is not None:
             file.write_bytes(damage)
-    assert adopt(one.model, folder) == 0
+    assert adopt(one.model, folder)  # there is nothing to compile
+    assert one.model.compiled == 0
     assert not any(runs_compiled(one.model))
     warning = warned(caplog)[-1]  # torch has its own to say
     assert warning.startswith("not all decoder layers run compiled: layers 0, 1, 2: ")
@@ -199,7 +202,8 @@ def test_the_package_of_another_family_is_refused(
     one, folder = fresh(family_of("mixtral")), copied(folders["mixtral"], tmp_path)
     shutil.rmtree(packages(folder)[0])
     shutil.copytree(packages(folders["gpt_oss"])[0], folder / packages(folders["mixtral"])[0].name)
-    assert adopt(one.model, folder) == 0
+    assert adopt(one.model, folder)  # there is nothing to compile
+    assert one.model.compiled == 0
     [warning] = warned(caplog)
     assert "constant" in warning
     assert answer_all(one.engine(token_budget=7, max_sequences=4), PROMPTS) == expected(one)
@@ -210,7 +214,8 @@ def test_what_is_there_is_taken_and_the_rest_stays(
 ) -> None:
     one, folder = fresh(family_of("deepseek_v3")), copied(folders["deepseek_v3"], tmp_path)
     shutil.rmtree(packages(folder)[0])
-    assert adopt(one.model, folder) == 2
+    assert not adopt(one.model, folder)
+    assert one.model.compiled == 2
     assert sorted(runs_compiled(one.model)) == [False, False, True, True]
     assert warned(caplog) == []  # it may still come
     assert answer_all(one.engine(token_budget=7, max_sequences=4), PROMPTS) == expected(one)
@@ -218,8 +223,9 @@ def test_what_is_there_is_taken_and_the_rest_stays(
 
 def test_an_empty_folder_changes_nothing(family_of: FamilyOf, tmp_path: Path) -> None:
     one = fresh(family_of("mixtral"))
-    assert adopt(one.model, tmp_path) == 0
-    assert adopt(one.model, tmp_path / "nothing") == 0
+    assert not adopt(one.model, tmp_path)
+    assert not adopt(one.model, tmp_path / "nothing")
+    assert one.model.compiled == 0
     assert not any(runs_compiled(one.model))
 
 
@@ -328,7 +334,8 @@ def test_layers_called_in_a_way_of_their_own_stay_as_they_are(
     one.model.layers[1].register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, f"odd{next(numbers)}": 1}), with_kwargs=True
     )
-    assert adopt(one.model, tmp_path) == 0
+    adopt(one.model, tmp_path)
+    assert one.model.compiled == 0
     assert warned(caplog) == [
         "not all decoder layers run compiled: layers 1: the model calls its layers in different ways"
     ]

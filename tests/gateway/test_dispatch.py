@@ -42,6 +42,9 @@ class Slices:
     def load(self, number: int) -> None:
         self.loaded |= {number}
 
+    def mixture(self, *_: object) -> None:
+        """Never in one call."""
+
     def compute(self, layer: int, segments: Sequence[Segment], rows: torch.Tensor, out: torch.Tensor) -> None:
         start = 0
         for number, count in segments:

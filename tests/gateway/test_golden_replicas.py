@@ -54,7 +54,7 @@ class Service:
     def __enter__(self) -> Service:
         manifest, secret = self.store.manifest, self.directory.secret()
         url, namespace = self.directory.url, manifest.fingerprint[:12]
-        experts = [expert_deployment(u, str(self.store.path), self._policy, url, namespace) for u in self.units]
+        experts = [expert_deployment(u, str(self.store.path), self._policy, url, namespace, None) for u in self.units]
         serve.run(serve.deployment(Root).options(num_replicas=1, ray_actor_options={"num_cpus": 0}).bind(*experts),
                   name="golden", route_prefix=None)  # fmt: skip
         self._exits.callback(serve.delete, "golden")

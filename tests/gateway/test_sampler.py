@@ -140,7 +140,7 @@ def test_inversion_takes_the_first_token_that_exceeds_the_number(number: float) 
     weights = torch.zeros(1, 100)
     weights[0, [7, 70, 71, 99]] = torch.tensor([0.25, 0.25, 0.25, 0.25])
     expected = [7, 70, 71, 99][int(number * 4)]
-    assert _invert(weights * 3, torch.tensor([number], dtype=torch.float64)).tolist() == [expected]
+    assert _invert(weights * 3, np.array([number])).tolist() == [expected]
 
 
 def test_a_tiny_temperature_is_greedy() -> None:
