@@ -16,7 +16,7 @@ from predictor.samples import Samples
 Array = npt.NDArray[np.float32]
 
 _MOST_ROWS = 60_000  # (moment, expert) pairs a layer learns from
-_ROUNDS = 40
+_ROUNDS = 20
 _INPUTS = [i for i, name in enumerate(SHARES) if not name.startswith("queue_")]
 
 
@@ -40,7 +40,13 @@ class LayerTrees:
             missed = (target - first)[chosen, layer].ravel()
             model.boosters.append(
                 trees.fit(
-                    inputs.reshape(len(missed), -1), missed, rounds=_ROUNDS, seed=seed, num_leaves=8, objective="l1"
+                    inputs.reshape(len(missed), -1),
+                    missed,
+                    rounds=_ROUNDS,
+                    seed=seed,
+                    num_leaves=8,
+                    objective="l1",
+                    learning_rate=0.12,
                 )
             )
         return model

@@ -116,7 +116,7 @@ class RunningSequences:
     def _learn_lengths(self, left: npt.NDArray[np.int32], gone: npt.NDArray[np.int64], new: set[int]) -> None:
         slots = self._running
         if new:
-            fresh = np.isin(slots, list(new))
+            fresh = [i for i, slot in enumerate(slots.tolist()) if slot in new]
             self._left[slots[fresh]] = left[fresh]
         before = self._emitted[slots]
         emitted = self._left[slots] - left

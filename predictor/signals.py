@@ -18,8 +18,8 @@ from predictor.shape import ModelShape
 _PRIOR_ROWS = 2.0
 _MEAN_MEMORY = 2000.0  # rows
 # What a step may cost, in cells of tables looked up: so many for each layer, of which a fresh look takes some anyway.
-_CELLS_PER_LAYER, _CELLS_ANYWAY = 27_000, 60_000
-_MOST_LEARNED = 120_000  # choices of a step; from longer ones every n-th row is learned
+_CELLS_PER_LAYER, _CELLS_ANYWAY = 20_000, 60_000
+_MOST_LEARNED = 60_000  # choices of a step; from longer ones every n-th row is learned
 
 
 class LoadSignals:
@@ -40,7 +40,8 @@ class LoadSignals:
     def observe(self, step: StepRouting) -> LoadStep:
         """Learn what `step` routed; its load, and what is known after it."""
         cells = (self._offsets + step.experts).transpose(1, 0, 2).reshape(len(step.token_ids), self._chosen)
-        prefill, decode = self._count(cells[step.prefill]), self._count(cells[~step.prefill])
+        decode = self._count(cells[~step.prefill])
+        prefill = self._count(cells) - decode
         rows = int(step.prefill.sum())
         self._learn_means(prefill, rows, decode, len(step.prefill) - rows)
         learned = slice(None, None, max(1, -(-cells.size // _MOST_LEARNED)))
