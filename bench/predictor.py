@@ -36,7 +36,7 @@ def samples(shape: ModelShape, count: int, seed: int = 0) -> Samples:
     drift = base * np.exp(0.3 * rng.normal(size=(count, *size)))
     shares = normalised((drift[:, None] * np.exp(0.2 * rng.normal(size=(1, len(SHARES), *size)))).astype(np.float32))
     scalars = rng.gamma(2.0, 100.0, size=(count, len(SCALARS))).astype(np.float32)
-    rows = (scalars[:, :6].sum(axis=1), scalars[:, 6:9].sum(axis=1))
+    rows = (scalars[:, :9].sum(axis=1), scalars[:, 9:12].sum(axis=1))
     counts = rng.poisson(shares.mean(axis=1) * (rows[0] + rows[1])[:, None, None] * shape.top_k)
     return Samples(shape, np.arange(count), scalars, shares, Future(counts.astype(np.float32), *rows))
 

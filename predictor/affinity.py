@@ -54,6 +54,21 @@ class Affinity:
         known = (counts / np.maximum(weight + gain, 1e-30)).astype(np.float32)
         return known @ self._sums[buckets], known @ gain
 
+    def distinct(
+        self, buckets: npt.NDArray[np.int64], ends: list[int]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Which buckets there are, and how often each is among the first ``ends[s]`` of them: ([n], [S, n])."""
+        parts = [buckets[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        if self.buckets <= 4 * len(buckets) + 4096:  # counting all buckets is cheaper than sorting
+            counted = np.stack([np.bincount(part, minlength=self.buckets) for part in parts])
+            found = np.flatnonzero(counted.sum(axis=0))
+            counts = counted[:, found]
+        else:
+            found, where = np.unique(buckets, return_inverse=True)
+            starts = zip([0, *ends], ends, strict=False)
+            counts = np.stack([np.bincount(where[a:b], minlength=len(found)) for a, b in starts])
+        return found, np.cumsum(counts, axis=0).astype(np.float32)
+
     def _rescale(self, buckets: npt.NDArray[np.int64]) -> None:
         scale = 1 / self._gain[buckets]
         self._sums[buckets] *= scale[:, None]

@@ -21,6 +21,7 @@ Array = npt.NDArray[np.float32]
 
 BASELINES = (*PLAIN, "static mean", "ridge")
 HOTTEST = 2
+_NEARLY_ALL = 0.9
 _CHUNK = 256  # moments forecast at a time
 
 
@@ -42,6 +43,8 @@ class Evaluation:
     """[L]: the error of a forecaster who knows every expert's true probability, and not the tokens"""
     known: float
     """Part of the horizon's rows that was queued or running before"""
+    known_ratio: float
+    """Like `ratio`, at the moments at which nearly all rows were known; NaN where there are none"""
     methods: tuple[str, ...]
     """Chosen, per layer"""
     seconds: float
@@ -108,6 +111,7 @@ def _evaluate(horizon: Horizon, model: HorizonModel, samples: Samples) -> Evalua
     forecasts = _stacked([_methods(model, chunk) for chunk in chunks])
     p90 = np.concatenate([model.forecast(chunk.scalars, chunk.shares).p90 for chunk in chunks])
     parts = np.concatenate([model.rows.forecast(chunk.scalars).parts for chunk in chunks])
+    known = parts[:, [0, 2]].sum(axis=1)
     return Evaluation(
         horizon=horizon,
         layers=samples.shape.layers,
@@ -116,7 +120,8 @@ def _evaluate(horizon: Horizon, model: HorizonModel, samples: Samples) -> Evalua
         recall={name: hottest_recall(forecast, actual) for name, forecast in forecasts.items()},
         coverage=np.asarray((samples.future.counts <= p90).mean(axis=(0, 2)), np.float64),
         floor=noise_floor(samples),
-        known=float(parts[:, [0, 2]].sum(axis=1).mean()),
+        known=float(known.mean()),
+        known_ratio=_ratio(forecasts, actual, np.flatnonzero(known > _NEARLY_ALL)),
         methods=tuple(choice.method for choice in model.choices),
         seconds=_seconds(model, samples),
     )
@@ -128,6 +133,13 @@ def _methods(model: HorizonModel, samples: Samples) -> dict[str, Array]:
     then = samples.future
     told = split(then.prefill_rows, then.decode_rows, samples.scalars)
     return {**found, "oracle rows": normalised(model.mixture.forecast(samples.shares, told))}
+
+
+def _ratio(forecasts: Mapping[str, Array], actual: Array, moments: npt.NDArray[np.int64]) -> float:
+    if not len(moments):
+        return float("nan")
+    errors = {name: share_errors(forecast[moments], actual[moments]).mean() for name, forecast in forecasts.items()}
+    return float(errors["chosen"] / max(min(errors[name] for name in BASELINES), 1e-9))
 
 
 def _stacked(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:

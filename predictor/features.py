@@ -13,7 +13,7 @@ import numpy.typing as npt
 from predictor.load_step import SIGNALS, LoadStep
 from predictor.shape import ModelShape
 
-HALF_LIVES = (4, 16, 64, 256)
+HALF_LIVES = (4, 16, 64, 256, 1024)
 """Of the averages, in steps."""
 
 SCALARS = (
@@ -29,7 +29,7 @@ SCALARS = (
 )
 """What is the same for all layers and experts."""
 
-_SLOW = (16, 64, 256)
+_SLOW = HALF_LIVES[1:]
 SHARES = (
     "last",
     "look_ahead",

@@ -10,13 +10,14 @@ import numpy.typing as npt
 
 from predictor import trees
 from predictor.features import SHARES
-from predictor.mixture import RowsForecast, normalised
+from predictor.mixture import RowsForecast, normalised, queue_ahead
 from predictor.samples import Samples
 
 Array = npt.NDArray[np.float32]
 
 _MOST_ROWS = 60_000  # (moment, expert) pairs a layer learns from
-_ROUNDS = 40
+_ROUNDS = 20
+_INPUTS = [i for i, name in enumerate(SHARES) if not name.startswith("queue_")]
 
 
 class LayerTrees:
@@ -33,28 +34,39 @@ class LayerTrees:
         every = max(1, -(-len(samples) * target.shape[2] // _MOST_ROWS))
         model = cls([], _map_above(first, target), static)
         chosen = slice(None, None, every)
+        queue = queue_ahead(samples.shares, rows)
         for layer in range(target.shape[1]):
-            inputs = model._inputs(layer, samples.shares, first, rows)[chosen]
+            inputs = model._inputs(layer, samples.shares, first, queue, rows)[chosen]
             missed = (target - first)[chosen, layer].ravel()
             model.boosters.append(
-                trees.fit(inputs.reshape(len(missed), -1), missed, rounds=_ROUNDS, seed=seed, num_leaves=8)
+                trees.fit(
+                    inputs.reshape(len(missed), -1),
+                    missed,
+                    rounds=_ROUNDS,
+                    seed=seed,
+                    num_leaves=8,
+                    objective="l1",
+                    learning_rate=0.12,
+                )
             )
         return model
 
     def forecast(self, shares: Array, first: Array, rows: RowsForecast) -> Array:
         """`shares` [n, SHARES, L, E] and a first forecast [n, L, E] -> [n, L, E]."""
         found = np.empty_like(first)
+        queue = queue_ahead(shares, rows)
         for layer, booster in enumerate(self.boosters):
-            inputs = self._inputs(layer, shares, first, rows)
+            inputs = self._inputs(layer, shares, first, queue, rows)
             missed = trees.predict(booster, inputs.reshape(-1, inputs.shape[-1]))
             found[:, layer] = first[:, layer] + missed.reshape(first[:, layer].shape)
         return normalised(found)
 
-    def _inputs(self, layer: int, shares: Array, first: Array, rows: RowsForecast) -> Array:
+    def _inputs(self, layer: int, shares: Array, first: Array, queue: Array, rows: RowsForecast) -> Array:
         """[n, E, F]"""
         count, _, _, experts = shares.shape
-        inputs = np.empty((count, experts, len(SHARES) + 9), np.float32)
-        inputs[..., : len(SHARES)] = shares[:, :, layer].transpose(0, 2, 1)
+        inputs = np.empty((count, experts, len(_INPUTS) + 10), np.float32)
+        inputs[..., : len(_INPUTS)] = shares[:, _INPUTS, layer].transpose(0, 2, 1)
+        inputs[..., -10] = queue[:, layer]
         inputs[..., -9] = first[:, layer]
         inputs[..., -8] = first[:, max(layer - 1, 0)] @ self.above[layer]
         inputs[..., -7] = self.static[layer]

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-SIGNALS = ("queue_next", "queue_near", "queue_far", "decode_near", "decode_far", "prompt_own")
+QUEUE_SPANS = (1, 2, 4, 8, 16, 64)
+"""How much of the queue is looked at, in token budgets."""
+
+SIGNALS = (*(f"queue_{span}" for span in QUEUE_SPANS), "decode_near", "decode_far", "prompt_own")
 """What is known about coming rows, each an expectation of how a certain set of rows will be routed:
 
-- ``queue_next``, ``queue_near``, ``queue_far``: queued prompt tokens that fill the next 1, 4 and 16 steps' budgets, by
-  the token -> expert affinity;
+- ``queue_1`` to ``queue_64``: queued prompt tokens that fill so many steps' budgets, by the token -> expert affinity;
 - ``decode_near``, ``decode_far``: rows the running sequences are expected to decode within 16 steps, and until their
   ends, by each one's own routing so far;
 - ``prompt_own``: rows left of prompts that have begun, by their own routing so far.

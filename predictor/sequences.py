@@ -35,20 +35,20 @@ class RunningSequences:
         self._prompt_left = np.zeros(0, np.int32)
         self._mean = np.zeros(cells, np.float32)  # of decoding rows, fading
 
-    def observe(self, step: StepRouting, cells: npt.NDArray[np.int64]) -> None:
-        """Learn from a step; `cells` [R, c] are the cells of its rows."""
+    def observe(self, step: StepRouting, cells: npt.NDArray[np.int64], learned: slice = slice(None)) -> None:
+        """Learn from the rows `learned` of a step; `cells` [R, c] are the cells of all its rows."""
         slots = self._follow(step)
         if not len(slots):
             return
         order = np.argsort(step.running)
-        found = np.minimum(np.searchsorted(step.running, step.sequences, sorter=order), len(order) - 1)
-        found = order[found]
-        ours = step.running[found] == step.sequences
-        kind = step.prefill[ours].astype(np.int64)
+        owners = step.sequences[learned]
+        found = order[np.minimum(np.searchsorted(step.running, owners, sorter=order), len(order) - 1)]
+        ours = step.running[found] == owners
+        kind = step.prefill[learned][ours].astype(np.int64)
         place = kind * len(self._emitted) + slots[found[ours]]
         gain = np.where(kind == 0, np.float32(self._gain), np.float32(1))
         width = cells.shape[1]
-        where = (place[:, None] * self._cells + cells[ours]).ravel()
+        where = (place[:, None] * self._cells + cells[learned][ours]).ravel()
         np.add.at(self._sums.reshape(-1), where, np.repeat(gain, width))
         np.add.at(self._rows.reshape(-1), place, gain)
         self._grow()
@@ -116,7 +116,7 @@ class RunningSequences:
     def _learn_lengths(self, left: npt.NDArray[np.int32], gone: npt.NDArray[np.int64], new: set[int]) -> None:
         slots = self._running
         if new:
-            fresh = np.isin(slots, list(new))
+            fresh = [i for i, slot in enumerate(slots.tolist()) if slot in new]
             self._left[slots[fresh]] = left[fresh]
         before = self._emitted[slots]
         emitted = self._left[slots] - left

@@ -50,9 +50,9 @@ def test_queued_tokens_foretell_the_experts_they_went_to_before() -> None:
     signals = LoadSignals(TINY)
     for _ in range(30):
         load = signals.observe(step([1, 2], [0, 3], queue=[1, 1, 1, 2]))
-    queue = load.signals[SIGNALS.index("queue_next"), 0]
+    queue = load.signals[SIGNALS.index("queue_1"), 0]
     np.testing.assert_allclose(queue, [0.75, 0, 0, 0.25], atol=0.05)
-    assert load.signal_rows[SIGNALS.index("queue_next")] == 4
+    assert load.signal_rows[SIGNALS.index("queue_1")] == 4
 
 
 def test_what_a_token_does_may_change_and_the_old_is_forgotten() -> None:
