@@ -162,8 +162,8 @@ class PredictorPolicy(_Section):
     horizon_s: float = Field(default=3.0, ge=0.1, le=60)
     """How far a forecast looks."""
     models: Path | None = None
-    """Folder of trained models (`evermoe predictor train`), to begin with and to keep better ones in; without one,
-    what is learned is forgotten when the service ends."""
+    """Folder of trained predictors (`evermoe predictor train`), to begin with and to keep later ones in; by default
+    one in the cache, by the model's fingerprint."""
     train: bool = True
     """Learn from the traffic, in the background and at the lowest priority."""
 

@@ -80,5 +80,5 @@ def planner_deployment(policy: PredictorPolicy, redis_url: str, namespace: str, 
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=5.0,
     )
-    folder = models if policy.models is None else str(policy.models)
+    folder = models if policy.models is None else str(policy.models.resolve())
     return deployment.bind(policy, redis_url, namespace, folder)
