@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from deploy.models import DEFAULT_MODEL, cache_dir, ensure_store
+from deploy.planner.deployment import planner_deployment
 from experts.deployment import expert_deployment
 from gateway.api.deployment import api_deployment
 from gateway.api.keys import load_keys
@@ -21,7 +22,6 @@ from gateway.api.served_model import ApiConfig
 from gateway.deployment import gateway_deployment
 from placement.policy import Policy, load_policy
 from placement.unit import make_units
-from planner.deployment import planner_deployment
 from recovery.deployment import redis_deployment
 from recovery.directory import Directory
 

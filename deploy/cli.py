@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(predictor_app)
-_OURS = {"deploy", "experts", "gateway", "placement", "planner", "predictor", "recovery", "replay"}
+_OURS = {"deploy", "experts", "gateway", "placement", "predictor", "recovery", "replay"}
 _out = Console()
 _err = Console(stderr=True)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import redis
 
+from deploy.planner.follower import Follower
+from deploy.planner.training import Memory, Training
 from placement import forecast
 from placement.forecast import LoadForecast
 from placement.policy import PredictorPolicy
-from planner.follower import Follower
-from planner.training import Memory, Training
 from predictor import storage
 from predictor.model import LoadModel
 from predictor.retraining import RetrainPolicy, reason_to_train

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from deploy.planner.planner import Planner
+from deploy.planner.training import Memory, Training
 from placement import forecast
 from placement.forecast import LoadForecast
 from placement.policy import PredictorPolicy
-from planner.planner import Planner
-from planner.training import Memory, Training
 from predictor import storage
 from predictor.load_step import LoadStep
 from predictor.records import stack
@@ -167,7 +167,7 @@ def forecast_of(steps: int) -> LoadForecast:
 
 
 def test_what_is_remembered_is_bounded(steps: list[LoadStep], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planner.training._MOST_STEPS", 100)
+    monkeypatch.setattr("deploy.planner.training._MOST_STEPS", 100)
     memory = Memory()
     for first in range(0, 300, 20):
         memory.add("g", stack(SHAPE, steps[first : first + 20]))

@@ -1,6 +1,6 @@
 """Learning from the load stream, in a process of the lowest priority beside the planner.
 
-python -m planner.training RECORDINGS MODELS HORIZON_S     trains from RECORDINGS/*.npz into the folder MODELS
+python -m deploy.planner.training RECORDINGS MODELS HORIZON_S     trains from RECORDINGS/*.npz into the folder MODELS
 """
 
 from __future__ import annotations
@@ -77,7 +77,14 @@ class Training:
         self._folder = Path(tempfile.mkdtemp(prefix="evermoe-training-"))
         for number, records in enumerate(recordings):
             _write(records, self._folder / f"{number}.npz")
-        command = [sys.executable, "-m", "planner.training", str(self._folder), str(self._models), str(self._horizon_s)]
+        command = [
+            sys.executable,
+            "-m",
+            "deploy.planner.training",
+            str(self._folder),
+            str(self._models),
+            str(self._horizon_s),
+        ]
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             start_new_session=True, env={**os.environ, **_ENVIRONMENT},
@@ -134,7 +141,7 @@ def _read(file: Path) -> Records:
 def main() -> None:
     """Train as long as the parent lives; exit with one line where nothing can be learned."""
     if len(sys.argv) != 4:
-        sys.exit("usage: python -m planner.training RECORDINGS MODELS HORIZON_S")
+        sys.exit("usage: python -m deploy.planner.training RECORDINGS MODELS HORIZON_S")
     os.nice(_LOWEST_PRIORITY)
     ctypes.CDLL(None).prctl(_TERMINATED_WITH_PARENT, signal.SIGKILL)
     from predictor.storage import save

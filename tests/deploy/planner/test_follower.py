@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from planner.follower import Follower
+from deploy.planner.follower import Follower
 from predictor.load_step import LoadStep
 from predictor.signals import LoadSignals
 from tests.predictor.steps import SHAPE, routings

@@ -36,7 +36,7 @@ class PlannerReplica:
         if self._stop.wait(_DELAY_S):
             return
         try:
-            from planner.planner import Planner
+            from deploy.planner.planner import Planner
 
             self._planner = Planner(self._policy, self._directory, self._models)
             self._planner.start()
@@ -68,7 +68,7 @@ def planner_deployment(policy: PredictorPolicy, redis_url: str, namespace: str, 
         "max_replicas": 1,
         "upscale_delay_s": 0,
         "policy": {
-            "policy_function": "planner.autoscaling:OncePlanned",
+            "policy_function": "deploy.planner.autoscaling:OncePlanned",
             "policy_kwargs": {"redis_url": redis_url, "namespace": namespace},
         },
     }
