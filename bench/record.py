@@ -74,7 +74,7 @@ def block(subject: Engine) -> list[float]:
 
 def typical(blocks: list[list[float]]) -> float:
     """Seconds of a block whose every step takes its median."""
-    return sum(statistics.median(step) for step in zip(*blocks, strict=True))
+    return float(sum(statistics.median(step) for step in zip(*blocks, strict=True)))
 
 
 @contextlib.contextmanager
