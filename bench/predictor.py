@@ -15,7 +15,7 @@ import numpy as np
 from bench.report import finish, options
 from predictor.choice import Choice
 from predictor.features import SCALARS, SHARES, History
-from predictor.horizon import Future
+from predictor.horizon import HORIZONS, Future
 from predictor.mixture import normalised
 from predictor.routing import StepRouting
 from predictor.samples import Samples
@@ -79,7 +79,7 @@ def forecast_ms(shape: ModelShape, moments: int, times: int) -> tuple[float, flo
     """(ms of a forecast per layer with LightGBM in every layer, s of training)."""
     data = samples(shape, moments)
     started = time.perf_counter()
-    model = fit_horizon(data, data, 0)
+    model = fit_horizon(data, data, HORIZONS[0], 0)
     trained = time.perf_counter() - started
     model = dataclasses.replace(model, choices=tuple(Choice("lightgbm", {}) for _ in shape.layers))  # the dearest
     spent = median_s(lambda: model.forecast(data.scalars[:1], data.shares[:1]), times)

@@ -12,9 +12,10 @@ import numpy.typing as npt
 from predictor.baselines import PLAIN
 from predictor.choice import share_errors
 from predictor.horizon import Horizon
-from predictor.mixture import normalised, split
+from predictor.mixture import normalised
 from predictor.model import HorizonModel, LoadModel
 from predictor.records import Records
+from predictor.rows_model import split
 from predictor.samples import Samples, concatenate, sample
 
 Array = npt.NDArray[np.float32]

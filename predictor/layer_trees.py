@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from predictor import trees
 from predictor.features import SHARES
-from predictor.mixture import RowsForecast, normalised, queue_ahead
+from predictor.mixture import normalised, queue_ahead
+from predictor.rows_model import RowsForecast
 from predictor.samples import Samples
 
 Array = npt.NDArray[np.float32]

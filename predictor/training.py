@@ -12,9 +12,10 @@ from predictor.choice import choose
 from predictor.headroom import Headroom
 from predictor.horizon import HORIZONS, Horizon
 from predictor.layer_trees import LayerTrees
-from predictor.mixture import Mixture, RowsModel
+from predictor.mixture import Mixture
 from predictor.model import HorizonModel, LoadModel
 from predictor.records import Records
+from predictor.rows_model import RowsModel
 from predictor.samples import Samples, concatenate, sample
 
 LEAST_SAMPLES = 40
@@ -44,7 +45,7 @@ def train(recordings: Sequence[Records], *, horizons: Sequence[Horizon] = HORIZO
         learn, check = concatenate([part[0] for part in parts]), concatenate([part[1] for part in parts])
         if min(len(learn), len(check)) < LEAST_SAMPLES:
             raise TrainingError(f"{steps} steps are too few to learn forecasts of {horizon} from: record for longer")
-        models[horizon] = fit_horizon(learn, check, seed)
+        models[horizon] = fit_horizon(learn, check, horizon, seed)
     return LoadModel(shape, seed, steps, models)
 
 
@@ -55,9 +56,9 @@ def _split(samples: Samples, horizon: Horizon, stride: int) -> tuple[Samples, Sa
     return samples.take(slice(0, max(cut - gap, 0))), samples.take(slice(cut, None))
 
 
-def fit_horizon(learn: Samples, check: Samples, seed: int) -> HorizonModel:
-    """Learn from some samples; choose methods and set quantiles right by others, of one horizon."""
-    rows_model = RowsModel.fit(learn, seed)
+def fit_horizon(learn: Samples, check: Samples, horizon: Horizon, seed: int) -> HorizonModel:
+    """Learn from some samples; choose methods and set quantiles right by others, all of `horizon`."""
+    rows_model = RowsModel.fit(learn, horizon, seed)
     rows = rows_model.forecast(learn.scalars)
     mixture = Mixture.fit(learn, rows)
     mixed = mixture.forecast(learn.shares, rows)
