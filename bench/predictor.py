@@ -38,7 +38,13 @@ def samples(shape: ModelShape, count: int, seed: int = 0) -> Samples:
     scalars = rng.gamma(2.0, 100.0, size=(count, len(SCALARS))).astype(np.float32)
     rows = (scalars[:, :9].sum(axis=1), scalars[:, 9:12].sum(axis=1))
     counts = rng.poisson(shares.mean(axis=1) * (rows[0] + rows[1])[:, None, None] * shape.top_k)
-    return Samples(shape, np.arange(count), scalars, shares, Future(counts.astype(np.float32), *rows))
+    return Samples(
+        shape,
+        np.arange(count),
+        scalars,
+        shares,
+        Future(counts.astype(np.float32), *rows, np.zeros_like(counts, np.float32)),
+    )
 
 
 def routing(shape: ModelShape, rows: int, seed: int, *, prefill: bool, budget: int = 512) -> StepRouting:

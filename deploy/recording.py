@@ -35,7 +35,7 @@ class Recording:
     profile: str = "mixed"
     mix: Mapping[str, float] | None = None
     """Mean weights of the kinds of text; None: as the default model was trained."""
-    load: float = 0.9
+    load: float = 1.2
     """What arrives on average, as a part of what the engine can do on its virtual clock."""
     minutes: float | None = None
     """Virtual minutes, or ..."""

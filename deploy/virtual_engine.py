@@ -73,7 +73,7 @@ class VirtualEngine:
             manifest.fingerprint, tuple(manifest.moe_layers), manifest.num_experts, manifest.top_k, model.vocab_size
         )
         self._packer = RoutingPacker(self._log, manifest.num_experts, self.settings.token_budget)
-        self._signals = LoadSignals(self.shape)
+        self._signals = LoadSignals(self.shape, oracle=True)
         self._left: dict[str, int] = {}
 
     def run(self, requests: Iterator[Request]) -> Iterator[list[LoadStep]]:

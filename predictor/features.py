@@ -86,7 +86,8 @@ class History:
         mean = self._rows / np.maximum(self._weight, 1)
         numbers = (last.running, last.waiting, last.waiting_tokens, last.prompt_left, last.token_budget)
         return np.concatenate(
-            [last.signal_rows, (*numbers, last.prefill_rows, last.decode_rows), mean[:, 0], mean[:, 1], mean[1:2, 2]], dtype=np.float32
+            [last.signal_rows, (*numbers, last.prefill_rows, last.decode_rows), mean[:, 0], mean[:, 1], mean[1:2, 2]],
+            dtype=np.float32,
         )
 
     def _shares(self, last: LoadStep) -> npt.NDArray[np.float32]:

@@ -85,4 +85,4 @@ def _known(scalars: Array, rows: RowsForecast) -> Array:
 
 def _regimes(rows: RowsForecast) -> npt.NDArray[np.int64]:
     """[n]: the number of each moment's regime."""
-    return np.digitize(rows.parts[:, 0] + rows.parts[:, 2], _KNOWN)
+    return np.asarray(np.digitize(rows.parts[:, 0] + rows.parts[:, 2], _KNOWN), np.int64)

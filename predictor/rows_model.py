@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import lightgbm as lgb
@@ -36,6 +37,12 @@ class RowsForecast:
         arrays = (self.prefill, self.decode, self.parts, self.queued)
         return RowsForecast(*(array[::every] for array in arrays))
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[RowsForecast]) -> RowsForecast:
+        """Those of several samples."""
+        names = ("prefill", "decode", "parts", "queued")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
     @property
     def total(self) -> Array:
         """[n]"""
@@ -63,9 +70,7 @@ class RowsModel:
         """`scalars` [n, SCALARS]."""
         prefill, decode = (
             np.maximum(np.expm1(np.log1p(expected) + trees.predict(booster, scalars)), 0).astype(np.float32)
-            for expected, booster in zip(
-                by_arithmetic(scalars, self.horizon), (self.prefill, self.decode), strict=True
-            )
+            for expected, booster in zip(by_arithmetic(scalars, self.horizon), (self.prefill, self.decode), strict=True)
         )
         return split(prefill, decode, scalars)
 

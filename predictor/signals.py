@@ -18,15 +18,16 @@ from predictor.token_affinity import TokenAffinity
 
 _MEAN_MEMORY = 2000.0  # rows
 # What a step may cost, in cells of tables looked up: so many for each layer, of which a fresh look takes some anyway.
-_CELLS_PER_LAYER, _CELLS_ANYWAY = 20_000, 60_000
+_CELLS_PER_LAYER, _CELLS_ANYWAY = 8_000, 20_000
 _MOST_LEARNED = 60_000  # choices of a step; from longer ones every n-th row is learned
 
 
 class LoadSignals:
     """Turns each step's routing into a `LoadStep`, and learns from it."""
 
-    def __init__(self, shape: ModelShape, *, max_bytes: int = 64 << 20) -> None:
-        """`max_bytes` bounds the memory of the affinity table."""
+    def __init__(self, shape: ModelShape, *, max_bytes: int = 64 << 20, oracle: bool = False) -> None:
+        """`max_bytes` bounds the memory of the affinity tables; `oracle`: fill in `LoadStep.foreseen`, to judge by."""
+        self._oracle = oracle
         self.shape = shape
         self._cells = len(shape.layers) * shape.experts
         self._chosen = len(shape.layers) * shape.top_k
@@ -47,6 +48,7 @@ class LoadSignals:
         rows = int(step.prefill.sum())
         self._learn_means(prefill, rows, decode, len(step.prefill) - rows)
         learned = slice(None, None, max(1, -(-cells.size // _MOST_LEARNED)))
+        foreseen = self._foreseen(step)
         tokens = step.token_ids[learned].astype(np.int64)
         self._affinity.learn(tokens, cells[learned], _follows(step)[learned])
         self._sequences.set_mean(self._decode_mean)
@@ -67,7 +69,16 @@ class LoadSignals:
             look_ahead=step.look_ahead,
             signals=signals.reshape(len(SIGNALS), *shape),
             signal_rows=signal_rows,
+            foreseen=foreseen.reshape(shape),
         )
+
+    def _foreseen(self, step: StepRouting) -> npt.NDArray[np.float32]:
+        tokens = step.token_ids.astype(np.int64)
+        if not self._oracle or not len(tokens):
+            return np.zeros(self._cells, np.float32)
+        rows, unknown, _ = self._affinity.expect(tokens, [len(tokens)], int(step.prefill.sum()))
+        mean = self._prompt_mean if step.prefill.any() else self._decode_mean
+        return np.asarray(rows[0] + unknown[0] * mean, np.float32)
 
     def _count(self, cells: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return np.bincount(cells.ravel(), minlength=self._cells)

@@ -55,7 +55,11 @@ class TokenAffinity:
         buckets = self._pair(tokens[:-1], tokens[1:])
         distinct, counts = self._pairs.distinct(buckets, [min(max(end - 1, 0), len(buckets)) for end in ends])
         rows, _ = self._pairs.expect(distinct, counts, _TOKEN_COUNTS)
-        return rows, len(distinct), np.concatenate([[1.0], self._pairs.doubt(buckets, _TOKEN_COUNTS)]).astype(np.float32)
+        return (
+            rows,
+            len(distinct),
+            np.concatenate([[1.0], self._pairs.doubt(buckets, _TOKEN_COUNTS)]).astype(np.float32),
+        )
 
     def _pair(self, before: Ints, tokens: Ints) -> Ints:
         assert self._pairs is not None
