@@ -30,6 +30,7 @@ def fit(features: Array, target: Array, *, rounds: int, seed: int, **changes: An
         "verbosity": -1,
         **changes,
     }
+    features, target = np.ascontiguousarray(features), np.ascontiguousarray(target)  # of views it makes two copies
     data = lgb.Dataset(features, target, params={"max_bin": parameters["max_bin"], "verbosity": -1}, free_raw_data=True)
     return lgb.train(parameters, data, num_boost_round=rounds)
 
