@@ -15,7 +15,7 @@ import numpy as np
 from bench.report import finish, options
 from predictor.choice import Choice
 from predictor.features import SCALARS, SHARES, History
-from predictor.horizon import Future
+from predictor.horizon import HORIZONS, Future
 from predictor.mixture import normalised
 from predictor.routing import StepRouting
 from predictor.samples import Samples
@@ -38,7 +38,13 @@ def samples(shape: ModelShape, count: int, seed: int = 0) -> Samples:
     scalars = rng.gamma(2.0, 100.0, size=(count, len(SCALARS))).astype(np.float32)
     rows = (scalars[:, :9].sum(axis=1), scalars[:, 9:12].sum(axis=1))
     counts = rng.poisson(shares.mean(axis=1) * (rows[0] + rows[1])[:, None, None] * shape.top_k)
-    return Samples(shape, np.arange(count), scalars, shares, Future(counts.astype(np.float32), *rows))
+    return Samples(
+        shape,
+        np.arange(count),
+        scalars,
+        shares,
+        Future(counts.astype(np.float32), *rows, np.zeros_like(counts, np.float32)),
+    )
 
 
 def routing(shape: ModelShape, rows: int, seed: int, *, prefill: bool, budget: int = 512) -> StepRouting:
@@ -79,7 +85,7 @@ def forecast_ms(shape: ModelShape, moments: int, times: int) -> tuple[float, flo
     """(ms of a forecast per layer with LightGBM in every layer, s of training)."""
     data = samples(shape, moments)
     started = time.perf_counter()
-    model = fit_horizon(data, data, 0)
+    model = fit_horizon(data, data, HORIZONS[0], 0)
     trained = time.perf_counter() - started
     model = dataclasses.replace(model, choices=tuple(Choice("lightgbm", {}) for _ in shape.layers))  # the dearest
     spent = median_s(lambda: model.forecast(data.scalars[:1], data.shares[:1]), times)

@@ -84,7 +84,9 @@ def record(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="How long, in steps of the engine.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same record.", min=0)] = 0,
-    load: Annotated[float, typer.Option(help="How busy the engine is on average.", min=0.01, max=2.0)] = 0.5,
+    load: Annotated[
+        float, typer.Option(help="What arrives on average, as a part of what can be done.", min=0.01, max=2.0)
+    ] = 1.2,
     threads: Annotated[int, typer.Option(help="Torch threads.", min=1)] = 1,
     max_mib: Annotated[int, typer.Option(help="The file's size at most, MiB.", min=1)] = 1024,
 ) -> None:

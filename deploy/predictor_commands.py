@@ -87,6 +87,14 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     coverage = evaluation.coverage
     table.add_row("within p90", *(f"{part:.1%}" for part in (*coverage, coverage.mean())))
     console.print(table)
+    if evaluation.reachable is not None:
+        console.print(
+            f"of the way down to one who knows which tokens come (oracle tokens), {evaluation.reachable:.0%} are gone; "
+            f"of the way to the noise floor {evaluation.gap_closed:.0%}; weighted by rows, the error is "
+            f"{evaluation.by_rows:.2f}x the best baseline's",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(
         f"{evaluation.ratio:.2f}x the error of the best baseline ({evaluation.best_baseline}*); the worst layer "
         f"{evaluation.worst_layer:.2f}x its own; {evaluation.gap_closed:.0%} of the gap to the noise floor closed; "

@@ -35,7 +35,7 @@ class Recording:
     profile: str = "mixed"
     mix: Mapping[str, float] | None = None
     """Mean weights of the kinds of text; None: as the default model was trained."""
-    load: float = 0.5
+    load: float = 1.2
     """What arrives on average, as a part of what the engine can do on its virtual clock."""
     minutes: float | None = None
     """Virtual minutes, or ..."""
@@ -88,7 +88,7 @@ def record_traffic(model: Path | None, out: Path, recording: Recording, console:
             texts,
             profile=recording.profile,
             mix=recording.mix or {str(kind): share for kind, share in MIXTURE.items()},
-            requests_per_s=_rate(recording),
+            requests_per_s=_rate(recording, engine),
             longest=min(_LONGEST, engine.context),
             seed=recording.seed,
         )
@@ -106,13 +106,12 @@ def record_traffic(model: Path | None, out: Path, recording: Recording, console:
     )
 
 
-def _rate(recording: Recording) -> float:
-    """Requests a second that keep the engine busy for the wanted part of its time."""
-    from deploy.virtual_engine import ANSWER_ROW_S, PROMPT_ROW_S
-
+def _rate(recording: Recording, engine: VirtualEngine) -> float:
+    """Requests a second that keep the engine busy for the wanted part of its time, its batches full."""
     profiles = PROFILES[recording.profile]
-    rows = [p.prompt_tokens * PROMPT_ROW_S + p.answer_tokens * ANSWER_ROW_S for p in profiles]
-    return recording.load * len(rows) / sum(rows)
+    prompt = sum(profile.prompt_tokens for profile in profiles) / len(profiles)
+    answer = sum(profile.answer_tokens for profile in profiles) / len(profiles)
+    return recording.load / engine.request_s(prompt, answer)
 
 
 def _write(

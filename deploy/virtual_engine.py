@@ -35,6 +35,7 @@ STEP_S, PROMPT_ROW_S, ANSWER_ROW_S = 0.010, 0.0001, 0.00025
 """About what a step takes on two cores with the default model's experts in replicas."""
 
 _TEMPERATURE = 0.9
+_MOST_WAITING = 128  # two full batches; who comes later is refused, as services do
 
 
 class VirtualClock:
@@ -66,7 +67,7 @@ class VirtualEngine:
         torch.set_num_threads(threads)
         compilation.adopt(model, compiled)
         self._log.gates = Gates(model.network, moe_modules(model.network), manifest.top_k)
-        self.settings = EngineSettings(kv_cache_gib=kv_cache_gib, max_waiting=1 << 20)
+        self.settings = EngineSettings(kv_cache_gib=kv_cache_gib, max_waiting=_MOST_WAITING)
         self._engine = Engine(model, self.settings, clock=self.clock, routing=self._log)
         self.context = model.context_length
         self.compiled = model.compiled
@@ -75,7 +76,7 @@ class VirtualEngine:
             manifest.fingerprint, tuple(manifest.moe_layers), manifest.num_experts, manifest.top_k, model.vocab_size
         )
         self._packer = RoutingPacker(self._log, manifest.num_experts, self.settings.token_budget)
-        self._signals = LoadSignals(self.shape)
+        self._signals = LoadSignals(self.shape, oracle=True)
         self._left: dict[str, int] = {}
 
     def run(self, requests: Iterator[Request]) -> Iterator[list[LoadStep]]:
@@ -90,6 +91,11 @@ class VirtualEngine:
                 yield self._loads()
             elif coming is not None:
                 self.clock.now = coming.time_s
+
+    def request_s(self, prompt: float, answer: float) -> float:
+        """What a request of so many tokens takes of the clock where others fill its batches."""
+        steps = max(answer / self.settings.max_sequences, (prompt + answer) / self.settings.token_budget)
+        return STEP_S * steps + PROMPT_ROW_S * prompt + ANSWER_ROW_S * answer
 
     def _take(self, name: str, request: Request) -> None:
         params = SamplingParams(max_tokens=request.max_tokens, temperature=_TEMPERATURE, seed=request.seed)

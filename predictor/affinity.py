@@ -16,9 +16,11 @@ class Affinity:
     being scaled down, so that to learn costs only the cells that a row touched.
     """
 
-    def __init__(self, keys: int, cells: int, *, max_bytes: int = 64 << 20, memory: float = 500.0) -> None:
+    def __init__(
+        self, keys: int, cells: int, *, max_bytes: int = 64 << 20, memory: float = 500.0, most_buckets: int = 1 << 62
+    ) -> None:
         """`memory`: about how many of a key's observations count."""
-        self.buckets = max(1, min(keys, max_bytes // (4 * cells)))
+        self.buckets = max(1, min(keys, max_bytes // (4 * cells), most_buckets))
         self._hashed = self.buckets < keys
         self._cells = cells
         self._sums = np.zeros((self.buckets, cells), np.float32)
@@ -54,19 +56,31 @@ class Affinity:
         known = (counts / np.maximum(weight + gain, 1e-30)).astype(np.float32)
         return known @ self._sums[buckets], known @ gain
 
+    def doubt(self, buckets: npt.NDArray[np.int64], prior_weight: float) -> npt.NDArray[np.float32]:
+        """How much of a row in each of `buckets` is left to the prior, see `expect`."""
+        gain = self._gain[buckets] * np.float32(prior_weight)
+        return np.asarray(gain / (self._weight[buckets] + gain), np.float32)
+
     def distinct(
-        self, buckets: npt.NDArray[np.int64], ends: list[int]
+        self, buckets: npt.NDArray[np.int64], ends: list[int], weights: npt.NDArray[np.float32] | None = None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Which buckets there are, and how often each is among the first ``ends[s]`` of them: ([n], [S, n])."""
-        parts = [buckets[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        if self.buckets <= 4 * len(buckets) + 4096:  # counting all buckets is cheaper than sorting
-            counted = np.stack([np.bincount(part, minlength=self.buckets) for part in parts])
-            found = np.flatnonzero(counted.sum(axis=0))
-            counts = counted[:, found]
-        else:
+        """Which buckets there are, and how often each is among the first ``ends[s]`` of them: ([n], [S, n]).
+
+        `weights`: for how much each of the first ones counts; those behind them count as one.
+        """
+        if weights is not None:
+            weights = np.concatenate([weights, np.ones(len(buckets) - len(weights), np.float32)])
+        found, where, size = None, buckets, self.buckets
+        if self.buckets > 4 * len(buckets) + 4096:  # sorting is cheaper than counting all buckets
             found, where = np.unique(buckets, return_inverse=True)
-            starts = zip([0, *ends], ends, strict=False)
-            counts = np.stack([np.bincount(where[a:b], minlength=len(found)) for a, b in starts])
+            size = len(found)
+        parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        counts = np.stack(
+            [np.bincount(where[part], None if weights is None else weights[part], minlength=size) for part in parts]
+        )
+        if found is None:
+            found = np.flatnonzero(counts.sum(axis=0))
+            counts = counts[:, found]
         return found, np.cumsum(counts, axis=0).astype(np.float32)
 
     def _rescale(self, buckets: npt.NDArray[np.int64]) -> None:

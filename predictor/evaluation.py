@@ -12,9 +12,10 @@ import numpy.typing as npt
 from predictor.baselines import PLAIN
 from predictor.choice import share_errors
 from predictor.horizon import Horizon
-from predictor.mixture import normalised, split
+from predictor.mixture import normalised
 from predictor.model import HorizonModel, LoadModel
 from predictor.records import Records
+from predictor.rows_model import split
 from predictor.samples import Samples, concatenate, sample
 
 Array = npt.NDArray[np.float32]
@@ -33,8 +34,9 @@ class Evaluation:
     layers: tuple[int, ...]
     moments: int
     errors: Mapping[str, npt.NDArray[np.float64]]
-    """By method: the baselines, ``mixture``, ``lightgbm``, ``chosen`` and ``oracle rows``, the mixture of one who knows
-    how many prompt and answer rows will come"""
+    """By method: the baselines, ``mixture``, ``lightgbm``, ``chosen``; ``oracle rows``, the mixture of one who knows
+    how many prompt and answer rows will come; ``oracle tokens``, where recorded: the affinity of one who knows all
+    tokens"""
     recall: Mapping[str, npt.NDArray[np.float64]]
     """Of the layer's two hottest experts, by method"""
     coverage: npt.NDArray[np.float64]
@@ -45,6 +47,8 @@ class Evaluation:
     """Part of the horizon's rows that was queued or running before"""
     known_ratio: float
     """Like `ratio`, at the moments at which nearly all rows were known; NaN where there are none"""
+    by_rows: float
+    """Like `ratio`, each moment weighted by the rows that came: what counts where experts are many times as busy"""
     methods: tuple[str, ...]
     """Chosen, per layer"""
     seconds: float
@@ -65,6 +69,14 @@ class Evaluation:
         """The highest ratio of any layer to its own best baseline."""
         best = np.min([self.errors[name] for name in BASELINES], axis=0)
         return float((self.errors["chosen"] / np.maximum(best, 1e-9)).max())
+
+    @property
+    def reachable(self) -> float | None:
+        """How much of the way from the best baseline down to ``oracle tokens`` is gone; None where not recorded."""
+        if "oracle tokens" not in self.errors:
+            return None
+        best, bound = self.errors[self.best_baseline].mean(), self.errors["oracle tokens"].mean()
+        return float((best - self.errors["chosen"].mean()) / max(best - bound, 1e-9))
 
     @property
     def gap_closed(self) -> float:
@@ -121,7 +133,8 @@ def _evaluate(horizon: Horizon, model: HorizonModel, samples: Samples) -> Evalua
         coverage=np.asarray((samples.future.counts <= p90).mean(axis=(0, 2)), np.float64),
         floor=noise_floor(samples),
         known=float(known.mean()),
-        known_ratio=_ratio(forecasts, actual, np.flatnonzero(known > _NEARLY_ALL)),
+        known_ratio=_ratio(forecasts, actual, weights=(known > _NEARLY_ALL).astype(np.float32)),
+        by_rows=_ratio(forecasts, actual, weights=samples.future.prefill_rows + samples.future.decode_rows),
         methods=tuple(choice.method for choice in model.choices),
         seconds=_seconds(model, samples),
     )
@@ -132,14 +145,22 @@ def _methods(model: HorizonModel, samples: Samples) -> dict[str, Array]:
     found["chosen"] = np.stack([found[c.method][:, layer] for layer, c in enumerate(model.choices)], axis=1)
     then = samples.future
     told = split(then.prefill_rows, then.decode_rows, samples.scalars)
-    return {**found, "oracle rows": normalised(model.mixture.forecast(samples.shares, told))}
+    found["oracle rows"] = normalised(model.mixture.forecast(samples.shares, told))
+    if then.foreseen.any():
+        found["oracle tokens"] = normalised(then.foreseen)
+    return found
 
 
-def _ratio(forecasts: Mapping[str, Array], actual: Array, moments: npt.NDArray[np.int64]) -> float:
-    if not len(moments):
+def _ratio(forecasts: Mapping[str, Array], actual: Array, weights: npt.NDArray[np.floating]) -> float:
+    """Of the chosen methods' mean error to the best baseline's, moments weighted by `weights` [n]."""
+    if not weights.any():
         return float("nan")
-    errors = {name: share_errors(forecast[moments], actual[moments]).mean() for name, forecast in forecasts.items()}
-    return float(errors["chosen"] / max(min(errors[name] for name in BASELINES), 1e-9))
+    errors = {
+        name: float(np.average(share_errors(forecast, actual).mean(axis=1), weights=weights))
+        for name, forecast in forecasts.items()
+        if name == "chosen" or name in BASELINES
+    }
+    return errors["chosen"] / max(min(errors[name] for name in BASELINES), 1e-9)
 
 
 def _stacked(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:

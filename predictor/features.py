@@ -22,6 +22,7 @@ SCALARS = (
     "waiting",
     "waiting_tokens",
     "prompt_left",
+    "token_budget",
     "last_prefill_rows",
     "last_decode_rows",
     *(f"{kind}_rows:{steps}" for kind in ("prefill", "decode") for steps in HALF_LIVES),
@@ -83,9 +84,10 @@ class History:
 
     def _scalars(self, last: LoadStep) -> npt.NDArray[np.float32]:
         mean = self._rows / np.maximum(self._weight, 1)
-        numbers = (last.running, last.waiting, last.waiting_tokens, last.prompt_left, last.prefill_rows)
+        numbers = (last.running, last.waiting, last.waiting_tokens, last.prompt_left, last.token_budget)
         return np.concatenate(
-            [last.signal_rows, (*numbers, last.decode_rows), mean[:, 0], mean[:, 1], mean[1:2, 2]], dtype=np.float32
+            [last.signal_rows, (*numbers, last.prefill_rows, last.decode_rows), mean[:, 0], mean[:, 1], mean[1:2, 2]],
+            dtype=np.float32,
         )
 
     def _shares(self, last: LoadStep) -> npt.NDArray[np.float32]:

@@ -47,6 +47,12 @@ class Future:
     prefill_rows: npt.NDArray[np.float32]
     """[n], as `decode_rows`"""
     decode_rows: npt.NDArray[np.float32]
+    foreseen: npt.NDArray[np.float32]
+    """[n, L, E]: see `LoadStep.foreseen`"""
+
+    def take(self, chosen: npt.NDArray[np.int64] | slice) -> Future:
+        """That of some of the moments."""
+        return Future(self.counts[chosen], self.prefill_rows[chosen], self.decode_rows[chosen], self.foreseen[chosen])
 
     @property
     def shares(self) -> npt.NDArray[np.float32]:
@@ -62,11 +68,12 @@ def future(records: Records, moments: npt.NDArray[np.int64], horizon: Horizon) -
         counts=_between(records.counts, moments, ends),
         prefill_rows=_between(records.prefill_rows, moments, ends),
         decode_rows=_between(records.decode_rows, moments, ends),
+        foreseen=_between(records.foreseen, moments, ends),
     )
 
 
 def _between(
-    values: npt.NDArray[np.int32], after: npt.NDArray[np.int64], until: npt.NDArray[np.int64]
+    values: npt.NDArray[np.int32] | npt.NDArray[np.float32], after: npt.NDArray[np.int64], until: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
     sums = np.cumsum(values, axis=0, dtype=np.float64)
     return (sums[until] - sums[after]).astype(np.float32)

@@ -10,13 +10,14 @@ import numpy.typing as npt
 
 from predictor import trees
 from predictor.features import SHARES
-from predictor.mixture import RowsForecast, normalised, queue_ahead
+from predictor.mixture import normalised, queue_ahead
+from predictor.rows_model import RowsForecast
 from predictor.samples import Samples
 
 Array = npt.NDArray[np.float32]
 
 _MOST_ROWS = 60_000  # (moment, expert) pairs a layer learns from
-_ROUNDS = 20
+_ROUNDS = 14
 _INPUTS = [i for i, name in enumerate(SHARES) if not name.startswith("queue_")]
 
 

@@ -47,3 +47,6 @@ class LoadStep:
     """[S, L, E]: see `SIGNALS`; shares that sum to 1 for each signal and layer, or all zeros where nothing is known"""
     signal_rows: npt.NDArray[np.float32]
     """[S]: how many rows each signal speaks of"""
+    foreseen: npt.NDArray[np.float32]
+    """[L, E]: rows as the affinity, before it learned this step, expects them of the very tokens that were computed:
+    what a forecaster would say who knows which tokens come. Zeros where nobody asked for it"""

@@ -8,16 +8,13 @@ least squares), layer by layer: a collapsed layer needs other weights than one t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import lightgbm as lgb
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
-from predictor import trees
-from predictor.features import SCALARS, SHARES
+from predictor.features import SHARES
 from predictor.load_step import QUEUE_SPANS
+from predictor.rows_model import RowsForecast
 from predictor.samples import Samples
 
 Array = npt.NDArray[np.float32]
@@ -48,63 +45,7 @@ SOURCES: tuple[tuple[int, str], ...] = (
 """(kind of rows, estimate of its shares); ``queue`` is the part of the queue that will be computed, `queue_ahead`."""
 
 
-_QUEUED = [SCALARS.index(f"rows:queue_{span}") for span in QUEUE_SPANS]
 _QUEUE_SHARES = [SHARES.index(f"queue_{span}") for span in QUEUE_SPANS]
-
-
-@dataclass(frozen=True)
-class RowsForecast:
-    """How many rows come, by kind."""
-
-    prefill: Array
-    """[n], like `decode`"""
-    decode: Array
-    parts: Array
-    """[n, KINDS]: shares of the total"""
-    queued: Array
-    """[n, QUEUE_SPANS]: tokens that wait within each span"""
-
-    def take(self, every: int) -> RowsForecast:
-        """Every so-manieth moment of it."""
-        arrays = (self.prefill, self.decode, self.parts, self.queued)
-        return RowsForecast(*(array[::every] for array in arrays))
-
-    @property
-    def total(self) -> Array:
-        """[n]"""
-        return self.prefill + self.decode
-
-
-class RowsModel:
-    """Forecasts how many rows come from queue and pace."""
-
-    def __init__(self, prefill: lgb.Booster, decode: lgb.Booster) -> None:
-        self.prefill, self.decode = prefill, decode
-
-    @classmethod
-    def fit(cls, samples: Samples, seed: int) -> RowsModel:
-        """Learn from `samples`."""
-        then = samples.future
-        models = [
-            trees.fit(samples.scalars, np.log1p(rows), rounds=100, seed=seed)
-            for rows in (then.prefill_rows, then.decode_rows)
-        ]
-        return cls(*models)
-
-    def forecast(self, scalars: Array) -> RowsForecast:
-        """`scalars` [n, SCALARS]."""
-        prefill = np.expm1(np.maximum(trees.predict(self.prefill, scalars), 0))
-        decode = np.expm1(np.maximum(trees.predict(self.decode, scalars), 0))
-        return split(prefill, decode, scalars)
-
-
-def split(prefill: Array, decode: Array, scalars: Array) -> RowsForecast:
-    """Which of the rows to come are known already."""
-    queued = np.minimum(scalars[:, _QUEUED[-1]], prefill)
-    running = np.minimum(scalars[:, SCALARS.index("rows:decode_near")], decode)
-    parts = np.stack([queued, prefill - queued, running, decode - running], axis=1)
-    total = np.maximum(prefill + decode, 1e-6)
-    return RowsForecast(prefill, decode, parts / total[:, None], scalars[:, _QUEUED])
 
 
 class Mixture:

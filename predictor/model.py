@@ -14,7 +14,8 @@ from predictor.features import Moment
 from predictor.headroom import Headroom
 from predictor.horizon import Horizon
 from predictor.layer_trees import LayerTrees
-from predictor.mixture import Mixture, RowsForecast, RowsModel
+from predictor.mixture import Mixture
+from predictor.rows_model import RowsForecast, RowsModel
 from predictor.shape import ModelShape
 
 Array = npt.NDArray[np.float32]

@@ -3,8 +3,9 @@
 One row per engine step, in order of time. Columns: ``time_s`` float64; ``prefill_rows``, ``decode_rows``, ``running``,
 ``waiting``, ``waiting_tokens``, ``prompt_left``, ``token_budget`` int32; ``prefill_counts``, ``decode_counts``,
 ``look_ahead``: lists of layers x experts int32; for each signal (`predictor.load_step.SIGNALS`) ``rows:NAME`` float32
-and ``share:NAME``, a list of layers x experts float16. The file's metadata has ``evermoe.records`` (this schema's
-version), ``evermoe.shape`` (JSON of the model's shape) and ``evermoe.signals`` (names, comma-separated).
+and ``share:NAME``, a list of layers x experts float16; ``foreseen``, such a list too. The file's metadata has
+``evermoe.records`` (this schema's version), ``evermoe.shape`` (JSON of the model's shape) and ``evermoe.signals``
+(names, comma-separated).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from predictor.load_step import SIGNALS, LoadStep
 from predictor.shape import ModelShape
 
-VERSION = 1
+VERSION = 2
 _NUMBERS = ("prefill_rows", "decode_rows", "running", "waiting", "waiting_tokens", "prompt_left", "token_budget")
 _COUNTS = ("prefill_counts", "decode_counts", "look_ahead")
 _GROUP_BYTES = 4 << 20  # of steps in memory before they are written
@@ -56,6 +57,8 @@ class Records:
     """[S, signals, L, E]"""
     signal_rows: npt.NDArray[np.float32]
     """[S, signals]"""
+    foreseen: npt.NDArray[np.float32]
+    """[S, L, E]"""
 
     def __len__(self) -> int:
         return len(self.time_s)
@@ -76,6 +79,7 @@ def stack(shape: ModelShape, steps: Sequence[LoadStep]) -> Records:
         time_s=np.array([step.time_s for step in steps], np.float64),
         signals=np.array([step.signals for step in steps], np.float32).reshape(len(steps), len(SIGNALS), *size[1:]),
         signal_rows=np.array([step.signal_rows for step in steps], np.float32).reshape(len(steps), len(SIGNALS)),
+        foreseen=np.array([step.foreseen for step in steps], np.float32).reshape(size),
         **numbers,
         **counts,
     )
@@ -98,7 +102,7 @@ class RecordWriter:
         self._groups = 0
         self._at = 0
         cells = len(shape.layers) * shape.experts
-        self._step_bytes = 8 + 4 * len(_NUMBERS) + 4 * cells * len(_COUNTS) + len(SIGNALS) * (4 + 2 * cells)
+        self._step_bytes = 8 + 4 * len(_NUMBERS) + 4 * cells * len(_COUNTS) + len(SIGNALS) * (4 + 2 * cells) + 2 * cells
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._file = self._partial.open("wb")
         self._writer = pq.ParquetWriter(self._file, self._schema, compression="zstd")
@@ -169,6 +173,7 @@ def _schema(shape: ModelShape) -> pa.Schema:
     fields += [(name, pa.list_(pa.int32(), cells)) for name in _COUNTS]
     for name in SIGNALS:
         fields += [(f"rows:{name}", pa.float32()), (f"share:{name}", pa.list_(pa.float16(), cells))]
+    fields.append(("foreseen", pa.list_(pa.float16(), cells)))
     metadata = {"evermoe.records": str(VERSION), "evermoe.shape": shape.to_json(), "evermoe.signals": ",".join(SIGNALS)}
     return pa.schema(fields, metadata=metadata)
 
@@ -183,6 +188,7 @@ def _table(records: Records, schema: pa.Schema) -> pa.Table:
             values = records.signals[:, SIGNALS.index(signal)].astype(np.float16)
         else:
             values = getattr(records, field.name)
+            values = values.astype(np.float16) if field.name == "foreseen" else values
         flat = pa.array(np.ascontiguousarray(values).reshape(-1))
         columns.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type) if values.ndim > 1 else flat)
     return pa.Table.from_arrays(columns, schema=schema)
@@ -201,6 +207,7 @@ def _records(shape: ModelShape, table: pa.Table) -> Records:
         shape=shape,
         signals=np.stack([column(f"share:{name}").astype(np.float32) for name in SIGNALS], axis=1),
         signal_rows=np.stack([column(f"rows:{name}").astype(np.float32) for name in SIGNALS], axis=1),
+        foreseen=column("foreseen").astype(np.float32),
         **{name: column(name) for name in ("time_s", *_NUMBERS, *_COUNTS)},  # type: ignore[arg-type]
     )
 

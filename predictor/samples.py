@@ -36,7 +36,7 @@ class Samples:
 
     def take(self, chosen: npt.NDArray[np.int64] | slice) -> Samples:
         """Some of them."""
-        then = Future(self.future.counts[chosen], self.future.prefill_rows[chosen], self.future.decode_rows[chosen])
+        then = self.future.take(chosen)
         return Samples(self.shape, self.steps[chosen], self.scalars[chosen], self.shares[chosen], then)
 
 
@@ -71,6 +71,7 @@ def concatenate(parts: Sequence[Samples]) -> Samples:
             np.concatenate([then.counts for then in futures]),
             np.concatenate([then.prefill_rows for then in futures]),
             np.concatenate([then.decode_rows for then in futures]),
+            np.concatenate([then.foreseen for then in futures]),
         ),
     )
 
@@ -91,6 +92,7 @@ def load_step(records: Records, index: int) -> LoadStep:
         look_ahead=records.look_ahead[index],
         signals=records.signals[index],
         signal_rows=records.signal_rows[index],
+        foreseen=records.foreseen[index],
     )
 
 

@@ -26,8 +26,9 @@ from predictor.features import SCALARS, SHARES
 from predictor.headroom import LEVELS, Headroom
 from predictor.horizon import Horizon
 from predictor.layer_trees import LayerTrees
-from predictor.mixture import SOURCES, Mixture, RowsModel
+from predictor.mixture import SOURCES, Mixture
 from predictor.model import HorizonModel, LoadModel
+from predictor.rows_model import RowsModel
 from predictor.shape import ModelShape
 
 FORMAT = 1
@@ -147,7 +148,7 @@ def _part(
         raise ValueError("its parts are of different sizes")
     return HorizonModel(
         top_k=shape.top_k,
-        rows=RowsModel(booster("prefill"), booster("decode")),
+        rows=RowsModel(Horizon(described["steps"], described["seconds"]), booster("prefill"), booster("decode")),
         ridge=HistoryRidge(array("ridge.weights"), array("ridge.bias")),
         mixture=Mixture(array("mixture.weights"), array("static")),
         trees=LayerTrees(boosters, array("above"), array("static")),

@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from predictor.baselines import HistoryRidge
 from predictor.choice import choose
 from predictor.headroom import Headroom
 from predictor.horizon import HORIZONS, Horizon
 from predictor.layer_trees import LayerTrees
-from predictor.mixture import Mixture, RowsModel
+from predictor.mixture import Mixture
 from predictor.model import HorizonModel, LoadModel
 from predictor.records import Records
+from predictor.rows_model import RowsForecast, RowsModel
 from predictor.samples import Samples, concatenate, sample
 
 LEAST_SAMPLES = 40
 _MOST_CELLS = 6_000_000  # values of a sample's shares that are kept at once
 _MOST_MOMENTS = 24_000
+_MOST_CALIBRATED = 2000  # moments besides those of the last part
 _VALIDATION = 0.25  # the last part of each recording
 
 
@@ -44,7 +47,7 @@ def train(recordings: Sequence[Records], *, horizons: Sequence[Horizon] = HORIZO
         learn, check = concatenate([part[0] for part in parts]), concatenate([part[1] for part in parts])
         if min(len(learn), len(check)) < LEAST_SAMPLES:
             raise TrainingError(f"{steps} steps are too few to learn forecasts of {horizon} from: record for longer")
-        models[horizon] = fit_horizon(learn, check, seed)
+        models[horizon] = fit_horizon(learn, check, horizon, seed)
     return LoadModel(shape, seed, steps, models)
 
 
@@ -55,9 +58,9 @@ def _split(samples: Samples, horizon: Horizon, stride: int) -> tuple[Samples, Sa
     return samples.take(slice(0, max(cut - gap, 0))), samples.take(slice(cut, None))
 
 
-def fit_horizon(learn: Samples, check: Samples, seed: int) -> HorizonModel:
-    """Learn from some samples; choose methods and set quantiles right by others, of one horizon."""
-    rows_model = RowsModel.fit(learn, seed)
+def fit_horizon(learn: Samples, check: Samples, horizon: Horizon, seed: int) -> HorizonModel:
+    """Learn from some samples; choose methods and set quantiles right by others, all of `horizon`."""
+    rows_model = RowsModel.fit(learn, horizon, seed)
     rows = rows_model.forecast(learn.scalars)
     mixture = Mixture.fit(learn, rows)
     mixed = mixture.forecast(learn.shares, rows)
@@ -74,5 +77,26 @@ def fit_horizon(learn: Samples, check: Samples, seed: int) -> HorizonModel:
     )
     candidates, rows = model.candidates(check.scalars, check.shares)
     model = replace(model, choices=choose(candidates, check.future.shares))
-    model.headroom.calibrate(check, model.forecast(check.scalars, check.shares).rows, rows)
+    parts = [(check, model.forecast(check.scalars, check.shares).rows, rows), _unseen(learn, check, horizon, seed)]
+    model.headroom.calibrate(*_joined(parts))
     return model
+
+
+Forecasts = tuple[Samples, npt.NDArray[np.float32], RowsForecast]
+
+
+def _unseen(learn: Samples, check: Samples, horizon: Horizon, seed: int) -> Forecasts:
+    """Some of `learn`, with what a mixture that knows only `check` forecasts of them.
+
+    The traffic of a recording's end alone is too much alike to tell how far forecasts of other traffic err.
+    """
+    some = learn.take(slice(None, None, max(1, -(-len(learn) // _MOST_CALIBRATED))))
+    rows_model = RowsModel.fit(check, horizon, seed)
+    rows = rows_model.forecast(some.scalars)
+    shares = Mixture.fit(check, rows_model.forecast(check.scalars)).forecast(some.shares, rows)
+    return some, shares * (rows.total * learn.shape.top_k)[:, None, None], rows
+
+
+def _joined(parts: Sequence[Forecasts]) -> Forecasts:
+    samples, forecasts, rows = zip(*parts, strict=True)
+    return concatenate(samples), np.concatenate(forecasts), RowsForecast.concatenate(rows)

@@ -66,7 +66,7 @@ class LoadMessage(msgspec.Struct, frozen=True, array_like=True):
         ]
 
 
-_ARRAYS = ("prefill_counts", "decode_counts", "look_ahead", "signals", "signal_rows")
+_ARRAYS = ("prefill_counts", "decode_counts", "look_ahead", "signals", "signal_rows", "foreseen")
 _COLUMNS = tuple(field.name for field in fields(Records) if field.name != "shape")
 _NUMBERS = tuple(name for name in _COLUMNS if name not in _ARRAYS)
 

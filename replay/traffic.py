@@ -51,7 +51,7 @@ class _Phase:
     mean_s: float
 
 
-_CALM, _BURST, _LULL = _Phase(1.0, 30.0), _Phase(3.5, 5.0), _Phase(0.1, 10.0)
+_CALM, _BURST, _LULL = _Phase(1.0, 10.0), _Phase(4.0, 6.0), _Phase(0.1, 4.0)
 _BURST_SHARE = 0.6  # of what follows a calm phase
 _CYCLE = _CALM.mean_s + _BURST_SHARE * _BURST.mean_s + (1 - _BURST_SHARE) * _LULL.mean_s
 _MEAN_FACTOR = (

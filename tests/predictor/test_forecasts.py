@@ -54,6 +54,7 @@ def made_up_step(shape: ModelShape, counts: npt.NDArray[np.float64], rows: int) 
         look_ahead=counts.astype(np.int32),
         signals=np.zeros(size, np.float32),
         signal_rows=np.zeros(len(SIGNALS), np.float32),
+        foreseen=np.zeros_like(counts, np.float32),
     )
 
 

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from predictor.affinity import Affinity
 from predictor.lengths import RemainingLengths
 from predictor.load_step import SIGNALS
+from predictor.queue_ahead import QueueAhead
 from predictor.routing import StepRouting
 from predictor.shape import ModelShape
 from predictor.signals import LoadSignals
+from predictor.token_affinity import TokenAffinity
 from tests.predictor.steps import SHAPE, routings
 
 TINY = ModelShape(fingerprint="t", layers=(3, 5), experts=4, top_k=1, vocabulary=10)
@@ -49,10 +51,35 @@ def test_rows_are_counted_by_layer_expert_and_kind() -> None:
 def test_queued_tokens_foretell_the_experts_they_went_to_before() -> None:
     signals = LoadSignals(TINY)
     for _ in range(30):
-        load = signals.observe(step([1, 2], [0, 3], queue=[1, 1, 1, 2]))
+        load = signals.observe(step([1, 2], [0, 3], queue=[1, 1, 1, 2], prefill=False))
     queue = load.signals[SIGNALS.index("queue_1"), 0]
     np.testing.assert_allclose(queue, [0.75, 0, 0, 0.25], atol=0.05)
     assert load.signal_rows[SIGNALS.index("queue_1")] == 4
+
+
+def test_a_token_is_routed_by_the_one_before_it_where_that_is_known() -> None:
+    signals = LoadSignals(TINY)
+    for _ in range(40):
+        signals.observe(step([1, 2], [0, 3]))
+        signals.observe(step([3, 2], [0, 1]))
+    after_three = signals.observe(step([5], [2], queue=[3, 2, 3, 2, 3, 2])).signals[SIGNALS.index("queue_1"), 0]
+    np.testing.assert_allclose(after_three, [0.5, 0.5, 0, 0], atol=0.06)
+
+
+def test_what_was_computed_meanwhile_does_not_wait_any_more() -> None:
+    affinity = TokenAffinity(10, 4, max_bytes=1 << 10)
+    for _ in range(50):
+        affinity.learn(np.array([1, 2]), np.array([[0], [3]]), np.zeros(2, bool))
+    queue = QueueAhead(affinity)
+    queue.look(step([], [], queue=[1] * 8 + [2] * 8), np.full(4, 0.25, np.float32))
+    assert queue.spans()[0][0].argmax() == 0
+    queue.passed = 8
+    rows, lengths = queue.spans()
+    assert rows[0].argmax() == 3
+    assert lengths[0] == 8
+    assert lengths[-1] == 8
+    queue.passed = 100
+    assert queue.spans()[1].max() == 0
 
 
 def test_what_a_token_does_may_change_and_the_old_is_forgotten() -> None:
