@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import msgspec
 import numpy as np
@@ -65,27 +66,36 @@ class RoutingChunk(msgspec.Struct, frozen=True, array_like=True):
         chosen = np.frombuffer(self.experts, np.int16).reshape(layers, len(tokens), -1)
         ahead = np.frombuffer(self.look_ahead, np.int32).reshape(len(self.steps), layers, experts)
         queued = {sequence: np.frombuffer(ids, np.int32) for sequence, ids in self.queued.items()}
-        start = 0
-        for number, step in enumerate(self.steps):
-            works = np.array(step.works, np.int64).reshape(-1, 3)
-            end = start + int(works[:, 1].sum())
-            running = np.array(step.running, np.int64).reshape(-1, 3)
+        # Converted for all steps at once: there may be thousands of them a minute.
+        works, work_ends = _joined([step.works for step in self.steps])
+        running, running_ends = _joined([step.running for step in self.steps])
+        sequences, prefill = np.repeat(works[:, 0], works[:, 1]), _prefill(works)
+        row_ends = np.concatenate([[0], np.cumsum(works[:, 1])])[work_ends].tolist()
+        numbers, left = np.ascontiguousarray(running[:, 0]), running[:, 1:].astype(np.int32)
+        for place, step in enumerate(self.steps):
+            rows = slice(row_ends[place], row_ends[place + 1])
+            who = slice(running_ends[place], running_ends[place + 1])
             yield StepRouting(
                 time_s=step.time_s,
-                token_ids=tokens[start:end],
-                sequences=np.repeat(works[:, 0], works[:, 1]),
-                prefill=_prefill(works),
-                experts=chosen[:, start:end],
-                look_ahead=ahead[number],
-                running=np.ascontiguousarray(running[:, 0]),
-                prompt_left=running[:, 1].astype(np.int32),
-                tokens_left=running[:, 2].astype(np.int32),
+                token_ids=tokens[rows],
+                sequences=sequences[rows],
+                prefill=prefill[rows],
+                experts=chosen[:, rows],
+                look_ahead=ahead[place],
+                running=numbers[who],
+                prompt_left=left[who, 0],
+                tokens_left=left[who, 1],
                 queued_tokens=_queued(step, queued, QUEUE_STEPS * self.token_budget),
                 waiting=step.waiting,
                 waiting_tokens=step.waiting_tokens,
                 token_budget=self.token_budget,
             )
-            start = end
+
+
+def _joined(parts: list[list[tuple[int, int, int]]]) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """All of `parts` as rows of three, and where each part begins, with the end of the last."""
+    ends = [0, *accumulate(map(len, parts))]
+    return np.array([row for part in parts for row in part], np.int64).reshape(-1, 3), ends
 
 
 def _prefill(works: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -94,6 +104,9 @@ def _prefill(works: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
 
 
 def _queued(step: StepHead, tokens: dict[int, npt.NDArray[np.int32]], most: int) -> npt.NDArray[np.int32]:
-    parts = [tokens[sequence][first:last] for sequence, first, last in step.queue]
-    joined = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-    return joined[:most]
+    if not step.queue:
+        return _NOBODY
+    return np.concatenate([tokens[sequence][first:last] for sequence, first, last in step.queue])[:most]
+
+
+_NOBODY = np.zeros(0, np.int32)

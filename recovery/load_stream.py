@@ -57,18 +57,13 @@ class LoadMessage(msgspec.Struct, frozen=True, array_like=True):
     def steps(self) -> list[LoadStep]:
         """Its steps, one by one; raise ValueError for a message that is none."""
         records = self.records()
-        return [
-            LoadStep(
-                **{name: getattr(records, name)[step].item() for name in _NUMBERS},
-                **{name: getattr(records, name)[step] for name in _ARRAYS},
-            )
-            for step in range(len(records))
-        ]
+        columns = [getattr(records, name) for name in _STEP]
+        listed = [column.tolist() if column.ndim == 1 else column for column in columns]
+        return [LoadStep(**dict(zip(_STEP, step, strict=True))) for step in zip(*listed, strict=True)]
 
 
-_ARRAYS = ("prefill_counts", "decode_counts", "look_ahead", "signals", "signal_rows", "foreseen")
+_STEP = tuple(field.name for field in fields(LoadStep))
 _COLUMNS = tuple(field.name for field in fields(Records) if field.name != "shape")
-_NUMBERS = tuple(name for name in _COLUMNS if name not in _ARRAYS)
 
 
 def send(directory: Directory, message: LoadMessage) -> None:
