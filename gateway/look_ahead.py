@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
+
+from gateway.routed import RoutedLayer, RoutedStep
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +36,6 @@ class Gates:
         """Whether the layer's router may still be asked."""
         return bool(self._routers[layer])
 
-    def settled(self, layer: int) -> bool:
-        """Whether `trust` knows."""
-        return layer in self._settled
-
     @torch.inference_mode()
     def choose(self, layer: int, rows: torch.Tensor) -> torch.Tensor | None:
         """The experts that the router of `layer` would choose [T, K]; None where it can't be asked."""
@@ -56,7 +55,7 @@ class Gates:
                 log.info("the router of layer %d can't be asked outside of it: no look-ahead there", layer)
                 self._routers[layer] = []
             self._settled.add(layer)
-        return self.settled(layer) and self.works(layer)
+        return layer in self._settled and self.works(layer)
 
     def _ask(self, router: nn.Module, rows: torch.Tensor) -> torch.Tensor | None:
         try:
@@ -67,6 +66,25 @@ class Gates:
         shape = (len(rows), self._top_k)
         found = [part for part in parts if isinstance(part, torch.Tensor) and part.shape == shape]
         return next((part for part in found if not part.is_floating_point()), None)
+
+
+def look_ahead(gates: Gates, layers: Sequence[int], steps: Sequence[RoutedStep]) -> None:
+    """Ask each layer's router about the inputs of the layer above it, all `steps` at once, and let the inputs go."""
+    kept = [step for step in steps if step.layers[layers[0]].rows is not None]
+    if not kept:
+        return
+    rows = {layer: _joined([step.layers[layer].rows for step in kept]) for layer in layers}
+    sizes = [step.rows for step in kept]
+    for before, layer in pairwise(layers):
+        own = _joined([step.layers[layer].chosen for step in kept])
+        said = gates.choose(layer, rows[before]) if gates.trust(layer, rows[layer], own) else None
+        parts = [None] * len(kept) if said is None else torch.split_with_sizes(said, sizes)
+        for step, part in zip(kept, parts, strict=True):
+            step.layers[before] = RoutedLayer(step.layers[before].chosen, None, part)
+
+
+def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor:
+    return torch.cat([part for part in parts if part is not None])
 
 
 def _routers(network: nn.Module, experts: nn.Module) -> list[nn.Module]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from gateway.batch import Batch
 from gateway.layer_calls import ExpertsFunction
-from gateway.look_ahead import Gates
+from gateway.look_ahead import Gates, look_ahead
+from gateway.routed import RoutedLayer, RoutedStep
 from gateway.routing_chunk import QUEUE_STEPS
 from gateway.scheduler import Scheduler
 from gateway.sequence import Sequence
@@ -21,34 +21,8 @@ _MOST_BYTES = 64 << 20
 """Bounds for what waits to be packed."""
 _KEPT_BYTES = 4 << 20
 """Of a step, its layers' inputs are kept up to this size; larger steps can afford to ask the routers at once."""
-
-
-class RoutedLayer(NamedTuple):
-    """One MoE layer in a step of T rows."""
-
-    chosen: torch.Tensor
-    """[T, K]: experts its router chose"""
-    rows: torch.Tensor | None
-    """[T, H]: its input; None where the next layer's router has been asked already ..."""
-    ahead: torch.Tensor | None
-    """... [T, K]: what that chose, if it can be asked."""
-
-
-@dataclass(slots=True)
-class RoutedStep:
-    """A step under way, then one that waits to be packed."""
-
-    works: list[tuple[int, int, int]]
-    """As in `gateway.routing_chunk.StepHead`."""
-    token_ids: torch.Tensor
-    rows: int
-    layers: dict[int, RoutedLayer] = field(default_factory=dict)
-    time_s: float = 0.0
-    running: list[tuple[int, int, int]] = field(default_factory=list)
-    queue: list[tuple[Sequence, int, int]] = field(default_factory=list)
-    """Sequences only ever grow, so these tokens are still there whenever the queue is packed."""
-    waiting: int = 0
-    waiting_tokens: int = 0
+_ASKED_ROWS = 512
+"""Routers are asked for about so many rows at a time: that takes hardly longer than for one."""
 
 
 class RoutingLog:
@@ -67,14 +41,16 @@ class RoutingLog:
         self._next = dict(zip(self.layers, self.layers[1:], strict=False))
         self._row_bytes = 0
         self._step: RoutedStep | None = None
-        self._steps: deque[tuple[RoutedStep, int]] = deque()
-        self._added = 0
-        self._taken = 0
+        self._lock = threading.Lock()
+        self._fresh: list[RoutedStep] = []
+        self._fresh_rows = 0
+        self._steps: deque[RoutedStep] = deque()
+        self._bytes = 0
 
     @property
     def waiting(self) -> int:
         """Steps that wait to be taken."""
-        return len(self._steps)
+        return len(self._steps) + len(self._fresh)
 
     def watch(self, experts: ExpertsFunction) -> ExpertsFunction:
         """`experts`, with every call noted."""
@@ -105,8 +81,8 @@ class RoutingLog:
         step, self._step = self._step, None
         if step is None or len(step.layers) < len(self.layers):
             return
-        size = step.rows * self._measured(step)
-        if len(self._steps) >= _MOST_STEPS or self._added - self._taken + size > max(_MOST_BYTES, size):
+        step.size = step.rows * self._measured(step)
+        if self.waiting >= _MOST_STEPS or self._bytes + step.size > max(_MOST_BYTES, step.size):
             self.dropped += 1
             return
         step.time_s = time_s
@@ -116,19 +92,36 @@ class RoutingLog:
         step.queue = _queue(scheduler)
         step.waiting = len(scheduler.waiting)
         step.waiting_tokens = sum(len(s.tokens) for s in scheduler.waiting)
-        self._added += size
-        self._steps.append((step, size))
+        with self._lock:
+            self._bytes += step.size
+            self._fresh.append(step)
+            self._fresh_rows += step.rows
+        if self._fresh_rows >= _ASKED_ROWS:
+            fresh = self._take_fresh()
+            if self.gates is not None:
+                look_ahead(self.gates, self.layers, fresh)
+            self._steps.extend(fresh)
 
     def take(self, most_rows: int) -> list[RoutedStep]:
-        """The next steps, about `most_rows` rows of them."""
-        steps: list[RoutedStep] = []
-        rows = 0
-        while self._steps and rows < most_rows:
-            step, size = self._steps.popleft()
-            self._taken += size
-            rows += step.rows
-            steps.append(step)
+        """The next steps, about `most_rows` rows; those whose routers were not asked only if there are no others.
+
+        So a busy engine asks in its own thread: another one would take a core from its kernels.
+        """
+        if not self._steps:
+            steps = self._take_fresh()
+        else:
+            steps, rows = [], 0
+            while self._steps and rows < most_rows:
+                steps.append(self._steps.popleft())
+                rows += steps[-1].rows
+        with self._lock:
+            self._bytes -= sum(step.size for step in steps)
         return steps
+
+    def _take_fresh(self) -> list[RoutedStep]:
+        with self._lock:
+            fresh, self._fresh, self._fresh_rows = self._fresh, [], 0
+        return fresh
 
     def _measured(self, step: RoutedStep) -> int:
         """Bytes of one row in all layers, as far as they are kept."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from gateway.look_ahead import Gates
+from gateway.look_ahead import look_ahead
+from gateway.routed import RoutedStep
 from gateway.routing_chunk import RoutingChunk, StepHead
-from gateway.routing_log import RoutedLayer, RoutedStep, RoutingLog
+from gateway.routing_log import RoutingLog
 
 _MOST_ROWS = 2048
 
@@ -45,41 +44,16 @@ class RoutingPacker:
         )
 
     def _look_ahead(self, steps: list[RoutedStep]) -> npt.NDArray[np.int32]:
-        """[steps, layers, experts]"""
+        """[steps, layers, experts]; asks those routers that were not asked yet."""
+        if self._log.gates is not None:
+            look_ahead(self._log.gates, self._log.layers, steps)
         counts = np.zeros((len(steps), len(self._log.layers), self._experts), np.int32)
-        gates = self._log.gates
-        if gates is None:
-            return counts
-        for place, (before, layer) in enumerate(pairwise(self._log.layers), 1):
-            if _trusted(gates, layer, [step.layers[layer] for step in steps]):
-                counts[:, place] = self._choices(gates, layer, [step.layers[before] for step in steps])
+        for step, routed in enumerate(steps):
+            for place, before in enumerate(self._log.layers[:-1], 1):
+                ahead = routed.layers[before].ahead
+                if ahead is not None:
+                    counts[step, place] = np.bincount(ahead.cpu().numpy().ravel(), minlength=self._experts)
         return counts
-
-    def _choices(self, gates: Gates, layer: int, before: list[RoutedLayer]) -> npt.NDArray[np.int64]:
-        """[steps, experts]: what the router of `layer` chooses from the inputs of the layer `before` it.
-
-        It is asked once for all steps: that takes about as long for one row as for a hundred.
-        """
-        counts = np.zeros((len(before), self._experts), np.int64)
-        kept = [(step, noted.rows) for step, noted in enumerate(before) if noted.rows is not None]
-        chosen = gates.choose(layer, torch.cat([rows for _, rows in kept])) if kept else None
-        if chosen is not None:
-            step_of = np.repeat([step for step, _ in kept], [len(rows) for _, rows in kept])
-            cells = (step_of[:, None] * self._experts + chosen.cpu().numpy()).ravel()
-            counts += np.bincount(cells, minlength=counts.size).reshape(counts.shape)
-        for step, noted in enumerate(before):
-            if noted.ahead is not None:
-                counts[step] += np.bincount(noted.ahead.cpu().numpy().ravel(), minlength=self._experts)
-        return counts
-
-
-def _trusted(gates: Gates, layer: int, steps: list[RoutedLayer]) -> bool:
-    if gates.settled(layer):
-        return gates.works(layer)
-    kept = [(noted.rows, noted.chosen) for noted in steps if noted.rows is not None]
-    if not kept:
-        return False
-    return gates.trust(layer, torch.cat([rows for rows, _ in kept]), torch.cat([chosen for _, chosen in kept]))
 
 
 def _tokens(steps: list[RoutedStep], known: dict[int, bytes]) -> dict[int, bytes]:
