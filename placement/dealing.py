@@ -10,6 +10,8 @@ from placement.table import Table
 
 _ROUNDS = 48
 _PARTS = 8
+_GOLDEN = 0.6180339887498949
+"""Its multiples, modulo one, are as far apart as can be."""
 
 
 def deal(table: Table, problem: Problem, missing: Ints, given_up: Ints) -> None:
@@ -35,7 +37,7 @@ def _quota(table: Table, missing: Ints, given_up: Ints) -> Ints:
     free = np.maximum(table.free - own.sum(axis=0), 0)
     rest = np.maximum(needs - own.sum(axis=1), 0)
     upto = np.cumsum(rest) / max(int(rest.sum()), 1)
-    phase = np.arange(table.devices) * 0.6180339887498949 % 1.0
+    phase = np.arange(table.devices) * _GOLDEN % 1.0
     cut = np.floor(upto[:, None] * free + phase * (1 - 1e-9) + 1e-9).astype(np.int64)
     quota: Ints = own + np.diff(cut, axis=0, prepend=0)
     return quota
@@ -59,7 +61,9 @@ class _Queue:
         """Deal a chunk at a time: its largest to the idlest device, the next to the next; [L, E] what found no place."""
         width = self.expert.shape[1]
         chunk = max(1, min(table.devices // _PARTS, -(-width // _ROUNDS))) if chunked else 1
-        level = table.level(np.arange(table.layers))
+        # of devices alike each layer begins with others: a device that is hot in all layers could never make room
+        turn = np.add.outer(np.arange(table.layers) * _GOLDEN, np.arange(table.devices) * _GOLDEN**2 * 7) % 1.0
+        level = table.level(np.arange(table.layers)) + turn * (1e-6 * self.size.max(initial=0.0))
         left = np.zeros((table.layers, table.experts + 1), dtype=np.int64)
         rows = np.arange(table.layers)[:, None]
         for start in range(0, width, chunk):

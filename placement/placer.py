@@ -14,7 +14,7 @@ from placement.arrays import Ints
 from placement.dealing import deal
 from placement.filling import lower_bound
 from placement.problem import Assignment, Copies, Problem
-from placement.repair import Limits, repair
+from placement.repair import Limits, Repair
 from placement.scaler import Scale, copy_price, largest_first, scale
 from placement.settings import PlacementSettings
 from placement.spreading import spread_out
@@ -40,7 +40,7 @@ def place(problem: Problem, scaled: Scale, settings: PlacementSettings) -> Assig
     table.split_evenly(table.copies[:, :-1])
     table.reserve()
     table.settle()
-    repair(table, problem, scaled, limits)
+    Repair(table, problem, scaled, limits).run()
     table.settle()
     return Assignment.of(problem, _finish(table, scaled, settings))
 
@@ -50,7 +50,7 @@ def _limits(problem: Problem, scaled: Scale, settings: PlacementSettings) -> Lim
     least = lower_bound((scaled.work * (scaled.copies > 0)).sum(axis=1), devices.call_s, devices.speed)
     most = settings.max_moved_bytes
     return Limits(
-        goal=least * settings.imbalance,
+        goal=np.maximum(least, scaled.target / devices.speed.max()) * settings.imbalance,
         price=copy_price(problem, settings),
         bound=1 << 62 if most is None else most // problem.slice_bytes,
         rounds=settings.repairs,

@@ -80,8 +80,14 @@ class Table:
         cells = np.arange(len(layers))[:, None] * (self.devices + 1) + self.device[layers]
         size = len(layers) * (self.devices + 1)
         seconds = np.bincount(cells.reshape(-1), weights=self.part[layers].reshape(-1), minlength=size)
-        level: Floats = self.call_s + seconds.reshape(len(layers), -1)[:, :-1] / self.speed
+        level: Floats = self.call_s + seconds.reshape(len(layers), self.devices + 1)[:, :-1] / self.speed
         return level
+
+    def crowd(self, layers: Ints) -> Ints:
+        """[A, D] copies on each device in each of the `layers` [A]."""
+        cells = np.arange(len(layers))[:, None] * (self.devices + 1) + self.device[layers]
+        counts = np.bincount(cells.reshape(-1), minlength=len(layers) * (self.devices + 1))
+        return counts.reshape(len(layers), self.devices + 1)[:, :-1].astype(np.int64)
 
     def even(self, copies: Ints) -> Floats:
         """[L, E] seconds of each copy where a slice is split evenly over so many `copies`."""
