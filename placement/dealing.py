@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from placement.arrays import Floats, Ints
+from placement.arrays import Floats, Ints, rank_among
 from placement.problem import Problem
 from placement.table import Table
 
@@ -79,7 +79,7 @@ class _Queue:
             fits = np.isfinite(np.take_along_axis(reach, to, axis=1)) & (expert < table.experts)
             fits &= ~table.held[rows, expert, to]
             if quota is None:
-                fits[:, 0] &= _within(to[:, 0], fits[:, 0], table.free)
+                fits[fits] = rank_among(to[fits]) < table.free[to[fits]]
             layer, device = np.nonzero(fits)[0], to[fits]
             table.add(layer, expert[fits], device, size[fits])
             level[layer, device] += size[fits] / table.speed[device]
@@ -95,12 +95,3 @@ def _first(reach: Floats, count: int) -> Ints:
         return np.argmin(reach, axis=1)[:, None]
     order: Ints = np.argsort(reach, axis=1, kind="stable")[:, :count]
     return order
-
-
-def _within(device: Ints, wanted: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], free: Ints) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    """[L] which of the `wanted` layers may put one copy on its `device`, where several choose the same."""
-    order = np.argsort(np.where(wanted, device, len(free)), kind="stable")
-    chosen = device[order]
-    rank = np.empty(len(device), dtype=np.int64)
-    rank[order] = np.arange(len(order)) - np.searchsorted(np.where(wanted[order], chosen, len(free)), np.where(wanted[order], chosen, len(free)))
-    return wanted & (rank < free[device])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from placement.arrays import Ints
+from placement.arrays import Ints, rank_among
 from placement.dealing import deal
 from placement.filling import lower_bound
 from placement.problem import Assignment, Copies, Problem
@@ -69,9 +69,9 @@ def _keepable(problem: Problem, scaled: Scale) -> Copies:
     size = np.bincount(held.device, minlength=len(problem.devices))
     if (size <= problem.slots).all():
         return held
-    order = np.lexsort((-scaled.work[held.layer, held.expert], held.device))
+    order = np.argsort(-scaled.work[held.layer, held.expert], kind="stable")
     rank = np.empty(len(held), dtype=np.int64)
-    rank[order] = np.arange(len(held)) - (np.cumsum(size) - size)[held.device[order]]
+    rank[order] = rank_among(held.device[order])
     return held.where(rank < problem.slots[held.device])
 
 
@@ -105,14 +105,13 @@ def _make_room(table: Table, scaled: Scale, missing: Ints) -> Ints:
     have = table.copies[:, :-1]
     table.split_evenly(have)
     seconds = table.level(np.arange(table.layers))[layer, device]
-    order = np.lexsort((-seconds, layer * table.experts + expert))
-    slices = (layer * table.experts + expert)[order]
+    order = np.argsort(-seconds, kind="stable")
     nth = np.empty(len(order), dtype=np.int64)
-    nth[order] = np.arange(len(order)) - np.searchsorted(slices, slices)
+    nth[order] = rank_among((layer * table.experts + expert)[order])
     harm = scaled.work[layer, expert] / np.maximum(have[layer, expert] - 1 - nth, 1)
     chosen = np.flatnonzero(nth < (have - scaled.copies)[layer, expert])
     chosen = chosen[np.lexsort((harm[chosen], layer[chosen]))]
-    own = np.arange(len(chosen)) - np.searchsorted(layer[chosen], layer[chosen]) < needs[layer[chosen]]
+    own = rank_among(layer[chosen]) < needs[layer[chosen]]
     chosen = np.concatenate([chosen[own], chosen[~own]])[:short]
     np.add.at(given_up, (layer[chosen], device[chosen]), 1)
     table.drop(layer[chosen], column[chosen])
@@ -127,9 +126,9 @@ def _finish(table: Table, scaled: Scale, settings: PlacementSettings) -> Copies:
     part[part < _TRIFLE * scaled.work[layer, expert]] = 0.0
     if settings.gib_worth > 0:
         least = np.maximum(np.where(scaled.spread, 2, 1), settings.min_copies)[layer, expert]
-        order = np.lexsort((-part, slices))
+        order = np.argsort(-part, kind="stable")
         rank = np.empty(len(order), dtype=np.int64)
-        rank[order] = np.arange(len(order)) - np.searchsorted(slices[order], slices[order])
+        rank[order] = rank_among(slices[order])
         kept = (part > 0) | (rank < least)
         layer, column, expert, part, slices = (given[kept] for given in (layer, column, expert, part, slices))
     total = np.bincount(slices, weights=part, minlength=scaled.work.size)[slices]

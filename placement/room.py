@@ -11,18 +11,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.arrays import Bools, Floats, Ints
+from placement.arrays import Bools, Floats, Ints, rank_among
 from placement.problem import Problem
 from placement.scaler import Scale
 from placement.table import Table
 
 _LOOK = 6
 """Copies of a device that are looked at: its coldest."""
+_TRIES = 4
+"""Full devices that are asked for room, the idlest first."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Target:
-    """For each of some layers [A] a device, its level once there is room, and who makes room."""
+    """Devices, their level once there is room, and who makes room; all of one shape, [A, K] or [R]."""
 
     device: Ints
     level: Floats
@@ -33,22 +35,35 @@ class Target:
     trade: Bools
     """The victim goes where the newcomer is from; else it is forgotten."""
 
-    def or_lower(self, other: Target) -> Target:
-        """Of two targets the lower one; this one where they are alike."""
-        take = other.level < self.level * (1 - 1e-3)
-        take |= np.isinf(self.level)
-        pairs = zip(
-            (self.device, self.level, self.of, self.victim, self.trade),
-            (other.device, other.level, other.of, other.victim, other.trade),
-            strict=True,
-        )
-        return Target(*(np.where(take, theirs, mine) for mine, theirs in pairs))
+    @classmethod
+    def roomy(cls, device: Ints, level: Floats) -> Target:
+        """Devices that have room already."""
+        none = np.full(device.shape, -1)
+        return cls(device, level, none, none, np.zeros(device.shape, dtype=np.bool_))
+
+    def and_lower(self, other: Target) -> Target:
+        """[A, K] the lowest of both, the lowest first."""
+        device, level, of, victim, trade = (np.concatenate(pair, axis=1) for pair in zip(self._all(), other._all(), strict=True))
+        order = np.argsort(level, axis=1, kind="stable")[:, : self.device.shape[1]]
+        return Target(*(np.take_along_axis(column, order, axis=1) for column in (device, level, of, victim, trade)))
+
+    def pick(self, row: Ints, rank: Ints) -> Target:
+        """[R] the `rank`-th of each `row`."""
+        return Target(*(column[row, rank] for column in self._all()))
+
+    def _all(self) -> tuple[Ints, Floats, Ints, Ints, Bools]:
+        return self.device, self.level, self.of, self.victim, self.trade
 
 
-def no_target(device: Ints, level: Floats) -> Target:
-    """Devices that have room already."""
-    none = np.full(len(device), -1)
-    return Target(device, level, none, none, np.zeros(len(device), dtype=np.bool_))
+def lowest(values: Floats, count: int) -> Ints:
+    """[A, count] where each row is lowest, the lowest first."""
+    if count == 1:
+        return np.argmin(values, axis=1)[:, None]
+    if count >= values.shape[1]:
+        return np.argsort(values, axis=1, kind="stable")
+    some = np.sort(np.argpartition(values, count, axis=1)[:, :count], axis=1)
+    order = np.argsort(np.take_along_axis(values, some, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(some, order, axis=1)
 
 
 class Spare:
@@ -58,65 +73,68 @@ class Spare:
         self._table, self._goal = table, goal
         self._least = np.pad(np.maximum(np.where(scaled.spread, 2, 1), least), ((0, 0), (0, 1)))
 
-    def on(self, layers: Ints, level: Floats, full: Bools) -> Target:
-        """[A] the full device of each layer that would be lowest without its spare copy."""
+    def on(self, layers: Ints, level: Floats, full: Bools, count: int) -> Target:
+        """[A, count] the full devices of each layer that would be lowest without a spare copy, each once."""
         table = self._table
-        expert, device, part = table.expert[layers], table.device[layers], table.part[layers]
-        room = np.pad(np.maximum(self._goal[layers][:, None] - level, 0.0) * table.speed, ((0, 0), (0, 1)))
+        row, column = np.nonzero(np.append(full, False)[table.device[layers]])
+        layer = layers[row]
+        expert = table.expert[layer, column]
+        spare = table.copies[layer, expert] > self._least[layer, expert]
+        row, column, layer, expert = row[spare], column[spare], layer[spare], expert[spare]
+        device, part = table.device[layer, column], table.part[layer, column]
+        now = level[row, device]
+        known = np.isfinite(now)
+        room = np.where(known & (part > 0), np.maximum(self._goal[layer] - now, 0.0) * table.speed[device], 0.0)
+        slices = row * table.experts + expert
+        slack = np.bincount(slices, weights=room, minlength=len(layers) * table.experts)[slices] - room
+        fits = np.flatnonzero(known & (slack >= part))
+        without = (now - part / table.speed[device])[fits]
+        best = np.full((len(layers), table.devices), np.inf)
+        victim = np.full((len(layers), table.devices), -1)
+        order = np.argsort(-without, kind="stable")  # the lowest of each device is written last
+        best[row[fits[order]], device[fits[order]]] = without[order]
+        victim[row[fits[order]], device[fits[order]]] = column[fits[order]]
+        chosen = lowest(best, count)
         each = np.arange(len(layers))[:, None]
-        own = np.where(np.isfinite(room), room, 0.0)[each, device] * (part > 0)
-        cells = (each * (table.experts + 1) + expert).reshape(-1)
-        slack = np.bincount(cells, weights=own.reshape(-1), minlength=len(layers) * (table.experts + 1))
-        siblings = slack.reshape(len(layers), table.experts + 1)[each, expert] - own
-        rows = layers[:, None]
-        spare = (table.copies[rows, expert] > self._least[rows, expert]) & (siblings >= part)
-        spare &= np.append(full, False)[device]
-        without = np.pad(level, ((0, 0), (0, 1)), constant_values=np.inf)[each, device]
-        without = np.where(spare, without - part / np.append(table.speed, 1.0)[device], np.inf)
-        victim = np.argmin(without, axis=1)
-        each = each[:, 0]
-        lowest = without[each, victim]
-        return Target(
-            np.minimum(device[each, victim], table.devices - 1), lowest, layers, victim, np.zeros(len(layers), dtype=np.bool_)
-        )
+        of = np.broadcast_to(layers[:, None], chosen.shape)
+        return Target(chosen, best[each, chosen], of, victim[each, chosen], np.zeros(chosen.shape, dtype=np.bool_))
 
 
 class Cold:
     """The coldest copies of every device, as of one moment."""
 
-    def __init__(self, table: Table, problem: Problem, scaled: Scale, goal: Floats, least: int) -> None:
+    def __init__(self, table: Table, problem: Problem, scaled: Scale, goal: Floats) -> None:
         self._table, self._problem, self._scaled, self._goal = table, problem, scaled, goal
         layer, column = table.entries()
         device = table.device[layer, column]
         order = np.lexsort((table.part[layer, column] / np.maximum(goal[layer], 1e-300), device))
-        counts = np.bincount(device, minlength=table.devices)
-        rank = np.arange(len(order)) - (np.cumsum(counts) - counts)[device[order]]
-        first = order[rank < _LOOK]
+        rank = rank_among(device[order])
+        first, rank = order[rank < _LOOK], rank[rank < _LOOK]
         self._layer = np.full((table.devices, _LOOK), -1, dtype=np.int64)
         self._column = np.zeros((table.devices, _LOOK), dtype=np.int64)
-        self._layer[device[first], rank[rank < _LOOK]] = layer[first]
-        self._column[device[first], rank[rank < _LOOK]] = column[first]
+        self._layer[device[first], rank] = layer[first]
+        self._column[device[first], rank] = column[first]
 
-    def on(self, layers: Ints, device: Ints, level: Floats, source: Ints, everywhere: Floats) -> Target:
-        """[A] full `device` of each layer, if a cold slice of another layer there may go to `source`.
+    def on(self, layers: Ints, level: Floats, source: Ints, everywhere: Floats) -> Target:
+        """[R] the idlest device of each layer by `level` [R, D] where a cold slice of another layer may go to `source`.
 
         `everywhere` [L, D] are the levels of all layers.
         """
         table, scaled = self._table, self._scaled
-        layer, column = self._layer[device], self._column[device]
+        devices = lowest(level, min(_TRIES, table.devices))
+        each = np.arange(len(layers))
+        layer, column = self._layer[devices], self._column[devices]  # [R, tries, look]
         expert, part = table.expert[layer, column], table.part[layer, column]
-        there = (layer >= 0) & (table.device[layer, column] == device[:, None]) & (layer != layers[:, None])
+        device, to = devices[..., None], source[:, None, None]
+        there = (layer >= 0) & (table.device[layer, column] == device) & (layer != layers[:, None, None])
         node = self._problem.devices.node
-        apart = scaled.spread[layer, np.minimum(expert, table.experts - 1)] & (node[device] != node[source])[:, None]
-        then = everywhere[layer, source[:, None]] + part / table.speed[source][:, None]
-        fits = there & (then <= self._goal[layer]) & ~apart & ~table.held[layer, expert, source[:, None]]
-        choice = np.argmax(fits, axis=1)
-        each = np.arange(len(device))
-        found = fits[each, choice]
-        return Target(
-            device,
-            np.where(found & np.isfinite(level), level, np.inf),
-            layer[each, choice],
-            np.where(found, column[each, choice], -1),
-            found,
-        )
+        apart = scaled.spread[layer, np.minimum(expert, table.experts - 1)] & (node[device] != node[to])
+        then = everywhere[layer, to] + part / table.speed[to]
+        fits = there & (then <= self._goal[layer]) & ~apart & ~table.held[layer, expert, to]
+        fits &= np.isfinite(np.take_along_axis(level, devices, axis=1))[..., None]
+        choice = np.argmax(fits.reshape(len(layers), -1), axis=1)
+        which, nth = np.divmod(choice, _LOOK)
+        found = fits[each, which, nth]
+        device = devices[each, which]
+        low = np.where(found, level[each, device], np.inf)
+        return Target(device, low, layer[each, which, nth], np.where(found, column[each, which, nth], -1), found)

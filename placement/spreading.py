@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from placement.arrays import Bools, Ints
+from placement.arrays import Bools, Ints, rank_among
 from placement.problem import Problem
 from placement.scaler import Scale
 from placement.table import Table
@@ -51,8 +51,6 @@ def _apart(table: Table, problem: Problem, layers: Ints, expert: Ints, home: Int
     column = np.argmax(own * (1 + table.fresh[layers]), axis=1)
     fits = ~barred[each, to]
     # layers that chose the same device: as many as it has room for
-    order = np.argsort(to, kind="stable")
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order)) - np.searchsorted(to[order], to[order])
+    rank = rank_among(to)
     fits &= rank < table.free[to]
     table.move(layers[fits], column[fits], to[fits])

@@ -147,6 +147,20 @@ class Table:
             own = own + damping * (fill(work, group, call_s + (seconds[cell] - own) / speed, speed) - own)
         self.part[layer, column] = best
 
+    def pour(self, layers: Ints, expert: Ints) -> None:
+        """Exact water-filling of some slices, each for itself."""
+        if not len(layers):
+            return
+        cell = np.zeros((self.layers, self.experts + 1), dtype=np.int64)
+        cell[layers, expert] = np.arange(1, len(layers) + 1)
+        group = cell[np.arange(self.layers)[:, None], self.expert]
+        layer, column = np.nonzero((group > 0) & (self.part > 0))
+        group = group[layer, column] - 1
+        device = self.device[layer, column]
+        chosen, at = np.unique(layer, return_inverse=True)
+        base = self.level(chosen)[at, device] - self.part[layer, column] / self.speed[device]
+        self.part[layer, column] = fill(self.work[layers, expert], group, base, self.speed[device])
+
     def _note(self, layer: Ints, expert: Ints, device: Ints, by: int) -> None:
         self.held[layer, expert, device] = by > 0
         np.add.at(self.copies, (layer, expert), by)
