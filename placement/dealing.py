@@ -15,7 +15,9 @@ _GOLDEN = 0.6180339887498949
 
 
 def deal(table: Table, problem: Problem, missing: Ints, given_up: Ints) -> None:
-    """Place `missing` [L, E] copies; `given_up` [L, D] slots were freed by the same layer. What has no place is left out.
+    """Place `missing` [L, E] copies; `given_up` [L, D] slots were freed by the same layer.
+
+    What has no place is left out.
 
     First within quotas, since all layers are dealt at once from the same memory; then, one at a time, what they left.
     """
@@ -58,7 +60,7 @@ class _Queue:
         self.size: Floats = np.take_along_axis(np.pad(size, ((0, 0), (0, 1))), self.expert, axis=1)
 
     def deal(self, table: Table, problem: Problem, quota: Ints | None, *, chunked: bool) -> Ints:
-        """Deal a chunk at a time: its largest to the idlest device, the next to the next; [L, E] what found no place."""
+        """Deal a chunk at a time: its largest to the idlest device, and so on; [L, E] what found no place."""
         width = self.expert.shape[1]
         chunk = max(1, min(table.devices // _PARTS, -(-width // _ROUNDS))) if chunked else 1
         # of devices alike each layer begins with others: a device that is hot in all layers could never make room
@@ -92,6 +94,7 @@ class _Queue:
 def _first(reach: Floats, count: int) -> Ints:
     """[L, count] the devices that are done first."""
     if count == 1:
-        return np.argmin(reach, axis=1)[:, None]
+        lowest: Ints = np.argmin(reach, axis=1)[:, None]
+        return lowest
     order: Ints = np.argsort(reach, axis=1, kind="stable")[:, :count]
     return order

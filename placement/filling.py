@@ -40,9 +40,9 @@ def lower_bound(work: Floats, base: Floats, speed: Floats) -> Floats:
     return np.where(work > 0, level, 0.0)
 
 
-def active(group: Ints, groups: int, base: Floats, parts: Ints) -> Bools:
-    """[M] which vessels of each group may be used: the `parts` [G] lowest ones."""
-    order = np.lexsort((base, group))
+def active(group: Ints, groups: int, done: Floats, parts: Ints) -> Bools:
+    """[M] which vessels of each group may be used: the `parts` [G] that are `done` first."""
+    order = np.lexsort((done, group))
     size = np.bincount(group, minlength=groups)
     first = np.cumsum(size) - size
     rank = np.empty(len(group), dtype=np.int64)

@@ -1,9 +1,9 @@
 """Which devices hold which slices, and what part of the rows each copy gets. Pure.
 
 Warm first: what is resident and still wanted stays. Missing copies go to the devices that would finish first
-(`dealing.py`). Rows are shared by water-filling (`filling.py`). Then the busiest devices are relieved by moves that help
-(`repair.py`). So few bytes move where loads drift, and none where the slowest device is within `imbalance` of what is
-possible.
+(`dealing.py`). Rows are shared by water-filling (`filling.py`). Then the busiest devices are relieved by moves that
+help (`repair.py`). So few bytes move where loads drift, and none where the slowest device is within `imbalance` of what
+is possible.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from placement.spreading import spread_out
 from placement.table import Table
 
 _TRIFLE = 1e-3
+_WORTH = 5e-4
+"""Moves that save less than this part of all layers' seconds stay undone."""
 
 
 def plan(problem: Problem, settings: PlacementSettings) -> Assignment:
@@ -35,14 +37,39 @@ def place(problem: Problem, scaled: Scale, settings: PlacementSettings) -> Assig
     table = Table(problem, scaled, _keepable(problem, scaled))
     limits = _limits(problem, scaled, settings)
     missing = _missing(table, scaled, settings, limits.bound)
-    deal(table, problem, missing, _make_room(table, scaled, missing))
-    spread_out(table, problem, scaled, limits.bound)
+    must = (missing > 0) & (table.copies[:, :-1] < _least(scaled, settings))
+    _share(table)
+    stay, seconds = table.snapshot(), _seconds(table, limits)
+    if missing.any():
+        deal(table, problem, missing, _make_room(table, scaled, missing))
+    apart = spread_out(table, problem, scaled, limits.bound)
+    if missing.any() or apart:
+        _share(table)
+    Repair(table, problem, scaled, limits).run()
+    table.settle()
+    if not (must.any() or apart) and _seconds(table, limits) > seconds * (1 - _WORTH):
+        table.restore(stay)
+    return Assignment.of(problem, _finish(table, scaled, settings))
+
+
+def _share(table: Table) -> None:
+    """Split all slices anew over the copies they have."""
     table.split_evenly(table.copies[:, :-1])
     table.reserve()
     table.settle()
-    Repair(table, problem, scaled, limits).run()
-    table.settle()
-    return Assignment.of(problem, _finish(table, scaled, settings))
+
+
+def _least(scaled: Scale, settings: PlacementSettings) -> Ints:
+    """[L, E] copies that are not for the sake of speed."""
+    least: Ints = np.minimum(np.maximum(np.where(scaled.spread, 2, 1), settings.min_copies), scaled.copies)
+    return least
+
+
+def _seconds(table: Table, limits: Limits) -> float:
+    """Seconds of all layers; what is good enough counts as that."""
+    level = table.level(np.arange(table.layers))
+    top = np.where(level > table.call_s, level, 0.0).max(axis=1, initial=0.0)
+    return float(np.maximum(top, limits.goal).sum())
 
 
 def _limits(problem: Problem, scaled: Scale, settings: PlacementSettings) -> Limits:
@@ -60,7 +87,7 @@ def _limits(problem: Problem, scaled: Scale, settings: PlacementSettings) -> Lim
 
 
 def _keepable(problem: Problem, scaled: Scale) -> Copies:
-    """Residents that are wanted at all, on devices that may hold them and have the memory (the busiest slices first)."""
+    """Residents that are wanted, on devices that may hold them and have the memory: the busiest slices first."""
     held = problem.resident
     wanted = scaled.copies[held.layer, held.expert] > 0
     if problem.bound:
@@ -81,7 +108,7 @@ def _missing(table: Table, scaled: Scale, settings: PlacementSettings, bound: in
     mean = (scaled.work * (scaled.copies > 0)).sum(axis=1) / table.speed.sum()
     slack = np.maximum(scaled.target, mean)[:, None] * settings.imbalance
     fast = scaled.work <= slack * np.minimum(have, scaled.parts)
-    enough = (have > 0) & fast & ((have >= 2) | ~scaled.spread) & (have >= min(settings.min_copies, table.devices))
+    enough = (have > 0) & fast & (have >= _least(scaled, settings))
     missing = np.where(enough, 0, np.maximum(scaled.copies - have, 0))
     if int(missing.sum()) <= bound:
         return missing
@@ -125,12 +152,13 @@ def _finish(table: Table, scaled: Scale, settings: PlacementSettings) -> Copies:
     slices = layer * table.experts + expert
     part[part < _TRIFLE * scaled.work[layer, expert]] = 0.0
     if settings.gib_worth > 0:
-        least = np.maximum(np.where(scaled.spread, 2, 1), settings.min_copies)[layer, expert]
+        least = _least(scaled, settings)[layer, expert]
         order = np.argsort(-part, kind="stable")
         rank = np.empty(len(order), dtype=np.int64)
         rank[order] = rank_among(slices[order])
         kept = (part > 0) | (rank < least)
-        layer, column, expert, part, slices = (given[kept] for given in (layer, column, expert, part, slices))
+        layer, column, expert, slices = (given[kept] for given in (layer, column, expert, slices))
+        part = part[kept]
     total = np.bincount(slices, weights=part, minlength=scaled.work.size)[slices]
     even = 1 / np.bincount(slices, minlength=scaled.work.size)[slices]
     share = np.where(total > 0, part / np.maximum(total, 1e-300), even)

@@ -77,7 +77,11 @@ class Devices:
             return np.broadcast_to(np.asarray(given, dtype=kind), memory.shape)
 
         devices = cls(
-            each(speed, float), memory, each(node, int).astype(np.int64), each(call_s, float), each(unit, int).astype(np.int64)
+            each(speed, float),
+            memory,
+            each(node, int).astype(np.int64),
+            each(call_s, float),
+            each(unit, int).astype(np.int64),
         )
         if len(devices) and (devices.speed.min() <= 0 or memory.min() < 0 or devices.call_s.min() < 0):
             raise ProblemError("devices have speeds above 0, memory and call_s of at least 0")
@@ -157,7 +161,9 @@ class Problem:
         if units.shape != shape:
             raise ProblemError(f"unit is [layers, experts] {shape} like rows, not {units.shape}")
         bounds = (*shape, len(devices))
-        for name, column, bound in zip(("layer", "expert", "device"), (held.layer, held.expert, held.device), bounds, strict=True):
+        for name, column, bound in zip(
+            ("layer", "expert", "device"), (held.layer, held.expert, held.device), bounds, strict=True
+        ):
             if len(column) and not (column.min() >= 0 and column.max() < bound):
                 raise ProblemError(f"resident copies name {name} {column.min()} to {column.max()}: there are {bound}")
         if len(set(np.sign(devices.unit + 0.5).tolist())) > 1:

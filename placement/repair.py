@@ -1,8 +1,8 @@
 """Relieving the busiest devices: a few of each layer at a time, as long as it helps. Pure.
 
-PROBE's planner (arXiv 2602.00509) moves from the busiest device to the idlest. Here devices are unlike and memory is one
-pool over all layers, often full; so there are three more ways: a slice is split by one more copy, a spare copy or a cold
-slice makes room for the newcomer (`room.py`), or two copies change places (`swap.py`).
+PROBE's planner (arXiv 2602.00509) moves from the busiest device to the idlest. Here devices are unlike and memory is
+one pool over all layers, often full; so there are three more ways: a slice is split by one more copy, a spare copy or a
+cold slice makes room for the newcomer (`room.py`), or two copies change places (`swap.py`).
 """
 
 from __future__ import annotations

@@ -1,20 +1,24 @@
 """Where a copy could go in a full memory: who makes room for it. Pure.
 
 Memory is one pool over all layers, so a slot that one layer needs may be held by what hardly needs it: by a spare copy
-whose siblings have time for its rows, which is forgotten, or by a cold slice of another layer, which changes places with
-the newcomer.
+whose siblings have time for its rows, which is forgotten, or by a cold slice of another layer, which changes places
+with the newcomer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from placement.arrays import Bools, Floats, Ints, rank_among
 from placement.problem import Problem
 from placement.scaler import Scale
 from placement.table import Table
+
+_Number = TypeVar("_Number", bound=np.generic)
 
 _LOOK = 6
 """Copies of a device that are looked at: its coldest."""
@@ -43,27 +47,38 @@ class Target:
 
     def and_lower(self, other: Target) -> Target:
         """[A, K] the lowest of both, the lowest first."""
-        device, level, of, victim, trade = (np.concatenate(pair, axis=1) for pair in zip(self._all(), other._all(), strict=True))
+        level = np.concatenate([self.level, other.level], axis=1)
         order = np.argsort(level, axis=1, kind="stable")[:, : self.device.shape[1]]
-        return Target(*(np.take_along_axis(column, order, axis=1) for column in (device, level, of, victim, trade)))
+
+        def both(mine: NDArray[_Number], theirs: NDArray[_Number]) -> NDArray[_Number]:
+            return np.take_along_axis(np.concatenate([mine, theirs], axis=1), order, axis=1)
+
+        return Target(
+            both(self.device, other.device),
+            both(self.level, other.level),
+            both(self.of, other.of),
+            both(self.victim, other.victim),
+            both(self.trade, other.trade),
+        )
 
     def pick(self, row: Ints, rank: Ints) -> Target:
         """[R] the `rank`-th of each `row`."""
-        return Target(*(column[row, rank] for column in self._all()))
-
-    def _all(self) -> tuple[Ints, Floats, Ints, Ints, Bools]:
-        return self.device, self.level, self.of, self.victim, self.trade
+        at = (row, rank)
+        return Target(self.device[at], self.level[at], self.of[at], self.victim[at], self.trade[at])
 
 
 def lowest(values: Floats, count: int) -> Ints:
     """[A, count] where each row is lowest, the lowest first."""
     if count == 1:
-        return np.argmin(values, axis=1)[:, None]
+        least: Ints = np.argmin(values, axis=1)[:, None]
+        return least
     if count >= values.shape[1]:
-        return np.argsort(values, axis=1, kind="stable")
+        everything: Ints = np.argsort(values, axis=1, kind="stable")
+        return everything
     some = np.sort(np.argpartition(values, count, axis=1)[:, :count], axis=1)
     order = np.argsort(np.take_along_axis(values, some, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(some, order, axis=1)
+    ordered: Ints = np.take_along_axis(some, order, axis=1)
+    return ordered
 
 
 class Spare:

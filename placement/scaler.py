@@ -36,6 +36,8 @@ class Scale:
     """[L, E] seconds of a step on a device of speed 1."""
     parts: Ints
     """[L, E] copies that may share the rows; more are in reserve."""
+    least: Floats
+    """[L, E] seconds that each copy takes that gets any rows: its weights are read."""
     spread: Bools
     """[L, E] slices that should outlive the loss of a node."""
     target: Floats
@@ -58,7 +60,7 @@ class _Curves:
 
 def scale(problem: Problem, settings: PlacementSettings) -> Scale:
     """Copies of each slice within the memory of all devices together."""
-    layers, experts, devices = problem.shape
+    layers, _, devices = problem.shape
     room = int(problem.slots.sum())
     most = max(1, min(settings.max_copies, devices))
     work = work_seconds(problem.speed, problem.demand.high)
@@ -71,7 +73,8 @@ def scale(problem: Problem, settings: PlacementSettings) -> Scale:
     chosen = curves.rank < taken[curves.layer]
     np.add.at(copies, (curves.layer[chosen], curves.expert[chosen]), 1)
     target = curves.size[np.arange(layers), taken]
-    return Scale(copies, work, parts, spread, target)
+    least = np.minimum(work, problem.speed.read_s)
+    return Scale(copies, work, parts, least, spread, target)
 
 
 def keep_alive_s(problem: Problem, settings: PlacementSettings) -> float:
@@ -80,7 +83,7 @@ def keep_alive_s(problem: Problem, settings: PlacementSettings) -> float:
 
 
 def replicas_wanted(copies: Ints, unit: Ints, units: int) -> Ints:
-    """[units] replicas that hold `copies` [L, E] of the slices of each `unit` [L, E]: as many as its slice with most."""
+    """[units] replicas for `copies` [L, E] of slices of each `unit` [L, E]: as many as its slice with most."""
     wanted = np.zeros(units, dtype=np.int64)
     np.maximum.at(wanted, unit.reshape(-1), copies.reshape(-1))
     return wanted
@@ -133,7 +136,7 @@ def _curves(problem: Problem, work: Floats, parts: Ints, copies: Ints) -> _Curve
     least = (busy / parts).max(axis=1, initial=0.0)  # of a slice that can't be split any more
     floor = np.maximum(mean * _FINE, least)
     start = np.minimum(copies, parts)
-    above = np.floor(work / np.maximum(floor, 1e-300)[:, None] * (1 - 1e-9)).astype(np.int64)
+    above = np.floor(busy / np.maximum(floor, 1e-300)[:, None] * (1 - 1e-9)).astype(np.int64)
     count = np.where(copies > 0, np.clip(np.minimum(above, parts - 1) - start + 1, 0, None), 0).reshape(-1)
     slices = np.repeat(np.arange(layers * experts), count)
     nth = np.arange(len(slices)) - np.repeat(np.cumsum(count) - count, count)

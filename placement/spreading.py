@@ -10,21 +10,23 @@ from placement.scaler import Scale
 from placement.table import Table
 
 
-def spread_out(table: Table, problem: Problem, scaled: Scale, bound: int) -> None:
+def spread_out(table: Table, problem: Problem, scaled: Scale, bound: int) -> bool:
     """Move one copy of each slice that should be spread but has all its copies on one node, where another has room.
 
-    One slice of each layer at a time, the hottest first, to the device of another node that is done first.
+    One slice of each layer at a time, the hottest first, to the device of another node that is done first. False where
+    no slice needed it.
     """
     if not scaled.spread.any():
-        return
+        return False
     together, home = _on_one_node(table, problem.devices.node, scaled.spread)
     order = np.argsort(-np.where(together, scaled.work, -1.0), axis=1, kind="stable")
     for turn in range(int(together.sum(axis=1).max(initial=0))):
         layers = np.flatnonzero(together.sum(axis=1) > turn)[: max(0, bound - table.moves)]
         if not len(layers):
-            return
+            break
         expert = order[layers, turn]
         _apart(table, problem, layers, expert, home[layers, expert])
+    return bool(together.any())
 
 
 def _on_one_node(table: Table, node: Ints, spread: Bools) -> tuple[Bools, Ints]:
@@ -40,7 +42,7 @@ def _on_one_node(table: Table, node: Ints, spread: Bools) -> tuple[Bools, Ints]:
 
 
 def _apart(table: Table, problem: Problem, layers: Ints, expert: Ints, home: Ints) -> None:
-    """Move one copy of slice `expert` in each of `layers` away from node `home`; one not loaded yet where there is one."""
+    """Move one copy of slice `expert` in each of `layers` away from node `home`; rather one that is not loaded yet."""
     each = np.arange(len(layers))
     level = table.level(layers)
     barred = (problem.devices.node == home[:, None]) | (table.free <= 0)

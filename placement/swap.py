@@ -31,7 +31,9 @@ def swap(
     theirs = table.device[layer]
     less = part[:, None] - table.part[layer]
     high = level[row, source]
-    after = np.maximum(high[:, None] - less / speed[source][:, None], level[row[:, None], theirs] + less / speed[theirs])
+    after = np.maximum(
+        high[:, None] - less / speed[source][:, None], level[row[:, None], theirs] + less / speed[theirs]
+    )
     likely, partner = np.nonzero(after < high[:, None] * (1 - worth))
     after = after[likely, partner]
     clear = _clear(table, problem, scaled, layer[likely], expert[likely], source[likely], partner)

@@ -1,4 +1,4 @@
-"""The placer's working table: every layer's copies in a row of their own, so that a step works on all layers at once."""
+"""The placer's working table: a row of copies for each layer, so that a step works on all layers at once."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Table:
         self.layers, self.experts, self.devices = problem.shape
         self.call_s, self.speed, self.slots = problem.devices.call_s, problem.devices.speed, problem.slots
         self.work, self.parts = scaled.work, scaled.parts
+        self._reads = bool(scaled.least.any())
+        self._least = np.pad(scaled.least, ((0, 0), (0, 1)))
         width = int(np.bincount(held.layer, minlength=1).max()) + 16
         self.expert = np.full((self.layers, width), self.experts, dtype=np.int64)
         self.device = np.full((self.layers, width), self.devices, dtype=np.int64)
@@ -30,19 +32,36 @@ class Table:
         """[L, N] seconds of its slice that a copy gets."""
         self.fresh = np.zeros((self.layers, width), dtype=np.bool_)
         """[L, N] copies that are not resident yet: they may change their device for nothing."""
+        self.used = np.zeros((self.layers, width), dtype=np.bool_)
+        """[L, N] copies that got rows so far."""
         self.moves = 0
         self.held = np.zeros((self.layers, self.experts + 1, self.devices + 1), dtype=np.bool_)
         """[L, E + 1, D + 1] which devices have a copy of which slice."""
         self.copies = np.zeros((self.layers, self.experts + 1), dtype=np.int64)
         self._end = np.zeros(self.layers, dtype=np.int64)
         self._used = np.zeros(self.devices, dtype=np.int64)
-        self.add(held.layer, held.expert, held.device, fresh=False)
+        self.add(held.layer, held.expert, held.device, held.share, fresh=False)
+        self.used = self.part > 0
 
     @property
     def free(self) -> Ints:
         """[D] slices that still fit."""
         free: Ints = self.slots - self._used
         return free
+
+    def snapshot(self) -> tuple[NDArray[Any], ...]:
+        """Where copies are and what they get, to come back to."""
+        columns = (self.expert, self.device, self.part, self.fresh, self.used)
+        return tuple(column.copy() for column in columns)
+
+    def restore(self, before: tuple[NDArray[Any], ...]) -> None:
+        """Come back to a snapshot."""
+        self.expert, self.device, self.part, self.fresh, self.used = before
+        layer, column = self.entries()
+        self._end = np.full(self.layers, self.expert.shape[1])
+        self.moves = int(self.fresh.sum())
+        self.held[:], self.copies[:], self._used[:] = False, 0, 0
+        self._note(layer, self.expert[layer, column], self.device[layer, column], 1)
 
     def add(self, layer: Ints, expert: Ints, device: Ints, part: Floats | float = 0.0, *, fresh: bool = True) -> None:
         """New copies, sorted by layer."""
@@ -60,7 +79,7 @@ class Table:
         self._note(layer, self.expert[layer, column], self.device[layer, column], -1)
         self.moves -= int(self.fresh[layer, column].sum())
         self.expert[layer, column], self.device[layer, column] = self.experts, self.devices
-        self.part[layer, column], self.fresh[layer, column] = 0.0, False
+        self.part[layer, column], self.fresh[layer, column], self.used[layer, column] = 0.0, False, False
 
     def move(self, layer: Ints, column: Ints, device: Ints) -> None:
         """Copies to another device, with what they get."""
@@ -68,7 +87,7 @@ class Table:
         self._note(layer, expert, self.device[layer, column], -1)
         self._note(layer, expert, device, 1)
         self.moves += int((~self.fresh[layer, column]).sum())
-        self.device[layer, column], self.fresh[layer, column] = device, True
+        self.device[layer, column], self.fresh[layer, column], self.used[layer, column] = device, True, False
 
     def entries(self) -> tuple[Ints, Ints]:
         """Layer and column of all copies."""
@@ -79,7 +98,10 @@ class Table:
         """[A, D] when each device would be done with each of the `layers` [A]: its call and its seconds."""
         cells = np.arange(len(layers))[:, None] * (self.devices + 1) + self.device[layers]
         size = len(layers) * (self.devices + 1)
-        seconds = np.bincount(cells.reshape(-1), weights=self.part[layers].reshape(-1), minlength=size)
+        part = self.part[layers]
+        if self._reads:
+            part = np.where(part > 0, np.maximum(part, self._least[layers[:, None], self.expert[layers]]), 0.0)
+        seconds = np.bincount(cells.reshape(-1), weights=part.reshape(-1), minlength=size)
         level: Floats = self.call_s + seconds.reshape(len(layers), self.devices + 1)[:, :-1] / self.speed
         return level
 
@@ -100,18 +122,28 @@ class Table:
         self.part = np.take_along_axis(part, self.expert, axis=1)
 
     def reserve(self) -> None:
-        """Of a slice with more copies than may share its rows, only those on the idlest devices get any, evenly."""
+        """Of a slice with more copies than may share its rows, only some get any, evenly.
+
+        First those that did so far; then, in layers where that is faster, those that would be done first.
+        """
         layer, column = self.entries()
         slices = layer * self.experts + self.expert[layer, column]
         parts = self.parts.reshape(-1)
         over = (self.copies[:, :-1].reshape(-1) > parts)[slices]
-        if over.any():
-            cell = layer * self.devices + self.device[layer, column]
-            part = self.part[layer, column]
-            seconds = np.bincount(cell, weights=part, minlength=self.layers * self.devices)
-            base = self.call_s[self.device[layer, column]] + (seconds[cell] - part) / self.speed[self.device[layer, column]]
-            using = active(slices[over], len(parts), base[over], parts)
-            self.part[layer[over], column[over]] = np.where(using, part[over], 0.0)
+        if not over.any():
+            return
+        layer, column, slices = layer[over], column[over], slices[over]
+        device, part = self.device[layer, column], self.part[layer, column]
+        own = part / self.speed[device]
+        using = active(slices, len(parts), np.where(self.used[layer, column], -1.0, own), parts)
+        self.part[layer, column] = np.where(using, part, 0.0)
+        every = np.arange(self.layers)
+        level = self.level(every)
+        others = level[layer, device] - np.where(using, own, 0.0)
+        self.part[layer, column] = np.where(active(slices, len(parts), others + own, parts), part, 0.0)
+        slower = _top(self.level(every), self.call_s) >= _top(level, self.call_s)
+        back = slower[layer]
+        self.part[layer[back], column[back]] = np.where(using, part, 0.0)[back]
 
     def settle(self) -> None:
         """Water-filling from the shares as they are, until the busiest devices settle; never for the worse.
@@ -134,17 +166,19 @@ class Table:
         np.maximum.at(most, group, np.bincount(cell, minlength=cells)[cell])
         damping = (1 / most)[group]
         speed, call_s = self.speed[device], self.call_s[device]
+        read = self._least.reshape(-1)[slices + layer]  # rows of _least are one longer
         own = best = part[shared]
         least = np.full(self.layers, np.inf)
         for _ in range(_POURS):
-            seconds = fixed + np.bincount(cell, weights=own, minlength=cells)
+            taken = np.maximum(own, read * (own > 0))
+            seconds = fixed + np.bincount(cell, weights=taken, minlength=cells)
             by_device = seconds.reshape(self.layers, -1)
             top = (by_device / self.speed + self.call_s * (by_device > 0)).max(axis=1)
             best = np.where((top < least)[layer], own, best)
             if not (top < least * (1 - _SETTLED)).any():
                 break
             least = np.minimum(top, least)
-            own = own + damping * (fill(work, group, call_s + (seconds[cell] - own) / speed, speed) - own)
+            own = own + damping * (fill(work, group, call_s + (seconds[cell] - taken) / speed, speed) - own)
         self.part[layer, column] = best
 
     def pour(self, layers: Ints, expert: Ints) -> None:
@@ -158,7 +192,8 @@ class Table:
         group = group[layer, column] - 1
         device = self.device[layer, column]
         chosen, at = np.unique(layer, return_inverse=True)
-        base = self.level(chosen)[at, device] - self.part[layer, column] / self.speed[device]
+        taken = np.maximum(self.part[layer, column], self._least[layer, self.expert[layer, column]])
+        base = self.level(chosen)[at, device] - taken / self.speed[device]
         self.part[layer, column] = fill(self.work[layers, expert], group, base, self.speed[device])
 
     def _note(self, layer: Ints, expert: Ints, device: Ints, by: int) -> None:
@@ -173,6 +208,13 @@ class Table:
         more = max(width - have, have // 2)
         self.expert, self.device = _wider(self.expert, more, self.experts), _wider(self.device, more, self.devices)
         self.part, self.fresh = _wider(self.part, more, 0), _wider(self.fresh, more, False)
+        self.used = _wider(self.used, more, False)
+
+
+def _top(level: Floats, call_s: Floats) -> Floats:
+    """[L] the busiest device of each layer."""
+    top: Floats = np.where(level > call_s, level, 0.0).max(axis=1, initial=0.0)
+    return top
 
 
 def _wider(column: NDArray[Any], more: int, hole: float) -> NDArray[Any]:

@@ -16,7 +16,7 @@ from placement.problem import Assignment, Copies, Problem, ProblemError
 
 def eplb_global(problem: Problem) -> Assignment:
     """All devices alike, wherever they are; raise ProblemError where not every expert gets a slot."""
-    layers, experts, devices = problem.shape
+    _, experts, devices = problem.shape
     slots = _slots(problem, experts, devices)
     expert, device = _balance(problem.demand.high, devices, slots)
     return _assignment(problem, expert, device)
@@ -81,7 +81,9 @@ def _slots(problem: Problem, experts: int, devices: int) -> int:
     """Slots of each device in each layer: as many as the smallest device has."""
     slots = int(problem.slots.min(initial=1 << 62)) // max(1, problem.shape[0]) if devices else 0
     if slots * devices < experts:
-        raise ProblemError(f"EPLB needs a slot for each of {experts} experts in every layer: there are {slots * devices}")
+        raise ProblemError(
+            f"EPLB needs a slot for each of {experts} experts in every layer: there are {slots * devices}"
+        )
     return slots
 
 
