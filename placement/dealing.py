@@ -21,11 +21,19 @@ def deal(table: Table, problem: Problem, missing: Ints, given_up: Ints) -> None:
 
     First within quotas, since all layers are dealt at once from the same memory; then, one at a time, what they left.
     """
-    table.split_evenly(table.copies[:, :-1] + missing)
+    so_far = table.part
+    table.part = table.evenly(table.copies[:, :-1] + missing)
     quota = _quota(table, missing, given_up)
-    left = _Queue(table, missing).deal(table, problem, quota, chunked=not problem.bound)
+    if problem.bound:  # memory is not one pool: a hot slice's copies may stand in the way of a cold one's first
+        first = np.minimum(missing, table.copies[:, :-1] == 0)
+        _Queue(table, first).deal(table, problem, None, chunked=False)
+        left = missing - first
+    else:
+        left = _Queue(table, missing).deal(table, problem, quota, chunked=True)
     if left.any():
         _Queue(table, left).deal(table, problem, None, chunked=False)
+    table.part = np.zeros(table.part.shape)
+    table.part[:, : so_far.shape[1]] = so_far
 
 
 def _quota(table: Table, missing: Ints, given_up: Ints) -> Ints:

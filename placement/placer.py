@@ -38,25 +38,18 @@ def place(problem: Problem, scaled: Scale, settings: PlacementSettings) -> Assig
     limits = _limits(problem, scaled, settings)
     missing = _missing(table, scaled, settings, limits.bound)
     must = (missing > 0) & (table.copies[:, :-1] < _least(scaled, settings))
-    _share(table)
+    table.share()
     stay, seconds = table.snapshot(), _seconds(table, limits)
     if missing.any():
         deal(table, problem, missing, _make_room(table, scaled, missing))
     apart = spread_out(table, problem, scaled, limits.bound)
     if missing.any() or apart:
-        _share(table)
+        table.share()
     Repair(table, problem, scaled, limits).run()
     table.settle()
     if not (must.any() or apart) and _seconds(table, limits) > seconds * (1 - _WORTH):
         table.restore(stay)
     return Assignment.of(problem, _finish(table, scaled, settings))
-
-
-def _share(table: Table) -> None:
-    """Split all slices anew over the copies they have."""
-    table.split_evenly(table.copies[:, :-1])
-    table.reserve()
-    table.settle()
 
 
 def _least(scaled: Scale, settings: PlacementSettings) -> Ints:
@@ -130,7 +123,6 @@ def _make_room(table: Table, scaled: Scale, missing: Ints) -> Ints:
     layer, column = table.entries()
     expert, device = table.expert[layer, column], table.device[layer, column]
     have = table.copies[:, :-1]
-    table.split_evenly(have)
     seconds = table.level(np.arange(table.layers))[layer, device]
     order = np.argsort(-seconds, kind="stable")
     nth = np.empty(len(order), dtype=np.int64)

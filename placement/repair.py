@@ -202,12 +202,15 @@ class Repair:
         return _Relief(row[first], column[first], np.where(whole, part, poured)[first], whole[first])
 
     def _affordable(self, relief: _Relief, busy: _Busy, target: Target) -> _Relief:
-        """Reliefs that fit in the free memory and the moves left, one of each slice."""
+        """Reliefs that fit in the free memory and the moves left; one for each slice that is split, moved or given up."""
+        table, experts = self._table, self._table.experts + 1
         layer = busy.layer[relief.row]
-        slices = layer * (self._table.experts + 1) + self._table.expert[layer, relief.column]
-        device, victim = target.device[relief.row], target.victim[relief.row] >= 0
-        fits = np.where(victim, 1, self._table.free[device]) > rank_among(device)
-        chosen = np.flatnonzero(fits & (rank_among(slices) == 0))[: self._left()]
+        device, of, victim = target.device[relief.row], target.of[relief.row], target.victim[relief.row]
+        fits = np.where(victim >= 0, 1, table.free[device]) > rank_among(device)
+        fits &= rank_among(layer * experts + table.expert[layer, relief.column]) == 0
+        given_up = np.where(victim >= 0, of * experts + table.expert[of, victim], -1 - np.arange(len(of)))
+        fits &= rank_among(given_up) == 0
+        chosen = np.flatnonzero(fits)[: self._left()]
         return _Relief(relief.row[chosen], relief.column[chosen], relief.seconds[chosen], relief.whole[chosen])
 
     def _apply(self, relief: _Relief, busy: _Busy, target: Target) -> None:

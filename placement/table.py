@@ -12,7 +12,7 @@ from placement.filling import active, fill
 from placement.problem import Copies, Problem
 from placement.scaler import Scale
 
-_POURS = 12
+_POURS = 8
 _SETTLED = 1e-3
 
 
@@ -40,7 +40,7 @@ class Table:
         self.copies = np.zeros((self.layers, self.experts + 1), dtype=np.int64)
         self._end = np.zeros(self.layers, dtype=np.int64)
         self._used = np.zeros(self.devices, dtype=np.int64)
-        self.add(held.layer, held.expert, held.device, held.share, fresh=False)
+        self.add(held.layer, held.expert, held.device, held.share * self.work[held.layer, held.expert], fresh=False)
         self.used = self.part > 0
 
     @property
@@ -116,15 +116,28 @@ class Table:
         part: Floats = self.work / np.clip(copies, 1, self.parts)
         return part
 
-    def split_evenly(self, copies: Ints) -> None:
-        """Give each copy an even part, as if there were `copies` [L, E] of each slice."""
+    def evenly(self, copies: Ints) -> Floats:
+        """[L, N] what each copy would get if there were `copies` [L, E] of each slice that share evenly."""
         part = np.pad(self.even(copies), ((0, 0), (0, 1)))
-        self.part = np.take_along_axis(part, self.expert, axis=1)
+        return np.take_along_axis(part, self.expert, axis=1)
 
-    def reserve(self) -> None:
-        """Of a slice with more copies than may share its rows, only some get any, evenly.
+    def share(self) -> None:
+        """All rows to the copies there are: as so far where a slice got no new copy, else evenly; then water-filling."""
+        cells = np.arange(self.layers)[:, None] * (self.experts + 1) + self.expert
+        size = self.copies.size
+        total = np.bincount(cells.reshape(-1), weights=self.part.reshape(-1), minlength=size)
+        new = np.bincount(cells.reshape(-1), weights=(self.fresh & (self.part <= 0)).reshape(-1), minlength=size)
+        known = (total > 0) & (new == 0)
+        scale = np.pad(self.work, ((0, 0), (0, 1))).reshape(-1) / np.where(known, total, 1.0)
+        even = self.evenly(self.copies[:, :-1])
+        self.part = np.where(known[cells], self.part * scale[cells], even)
+        self._reserve(even)
+        self.settle()
 
-        First those that did so far; then, in layers where that is faster, those that would be done first.
+    def _reserve(self, even: Floats) -> None:
+        """Of a slice with more copies than may share its rows, only some get any, `even` parts.
+
+        First those that do so far; then, in layers where that is faster, those that would be done first.
         """
         layer, column = self.entries()
         slices = layer * self.experts + self.expert[layer, column]
@@ -133,7 +146,7 @@ class Table:
         if not over.any():
             return
         layer, column, slices = layer[over], column[over], slices[over]
-        device, part = self.device[layer, column], self.part[layer, column]
+        device, part = self.device[layer, column], even[layer, column]
         own = part / self.speed[device]
         using = active(slices, len(parts), np.where(self.used[layer, column], -1.0, own), parts)
         self.part[layer, column] = np.where(using, part, 0.0)
@@ -178,7 +191,9 @@ class Table:
             if not (top < least * (1 - _SETTLED)).any():
                 break
             least = np.minimum(top, least)
-            own = own + damping * (fill(work, group, call_s + (seconds[cell] - taken) / speed, speed) - own)
+            aim = fill(work, group, call_s + (seconds[cell] - taken) / speed, speed)
+            own = np.where(aim > 0, own + damping * (aim - own), 0.0)
+            own *= (work / np.bincount(group, weights=own, minlength=len(work)))[group]
         self.part[layer, column] = best
 
     def pour(self, layers: Ints, expert: Ints) -> None:

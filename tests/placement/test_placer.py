@@ -82,7 +82,10 @@ def test_nothing_moves_for_long_where_nothing_changes(given: Problem) -> None:
     for _ in range(4):
         last = plan(again(given, last, given.demand.rows), EVEN)
     assert last.moved_bytes == 0
-    assert judge(given, last).layer_s.sum() <= judge(given, first).layer_s.sum() * 1.05 + 1e-12
+    before, after = judge(given, first), judge(given, last)
+    assert after.inline <= before.inline
+    if after.inline == before.inline:
+        assert after.layer_s.sum() <= before.layer_s.sum() * 1.05 + 1e-12
 
 
 def test_a_small_change_of_rows_is_a_small_change_of_the_plan() -> None:
