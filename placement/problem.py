@@ -106,7 +106,8 @@ class Copies:
         """Copies in any order; without shares they are all 0 (what is resident needs none)."""
         columns = [np.asarray(column, dtype=np.int64).reshape(-1) for column in (layer, expert, device)]
         parts = np.zeros(len(columns[0])) if share is None else np.asarray(share, dtype=np.float64).reshape(-1)
-        order = np.lexsort(columns[::-1])
+        height, width = (int(column.max(initial=0)) + 1 for column in columns[1:])
+        order = np.argsort((columns[0] * height + columns[1]) * width + columns[2])
         return cls(columns[0][order], columns[1][order], columns[2][order], parts[order])
 
     @classmethod

@@ -202,7 +202,7 @@ class Repair:
         return _Relief(row[first], column[first], np.where(whole, part, poured)[first], whole[first])
 
     def _affordable(self, relief: _Relief, busy: _Busy, target: Target) -> _Relief:
-        """Reliefs that fit in the free memory and the moves left; one for each slice that is split, moved or given up."""
+        """Reliefs that fit in the free memory and the moves left; one of each slice, and one at the cost of each."""
         table, experts = self._table, self._table.experts + 1
         layer = busy.layer[relief.row]
         device, of, victim = target.device[relief.row], target.of[relief.row], target.victim[relief.row]

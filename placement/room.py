@@ -122,7 +122,8 @@ class Cold:
         self._table, self._problem, self._scaled, self._goal = table, problem, scaled, goal
         layer, column = table.entries()
         device = table.device[layer, column]
-        order = np.lexsort((table.part[layer, column] / np.maximum(goal[layer], 1e-300), device))
+        order = np.argsort(table.part[layer, column] / np.maximum(goal[layer], 1e-300))
+        order = order[np.argsort(device[order].astype(np.uint16), kind="stable")]  # radix: few devices, many copies
         rank = rank_among(device[order])
         first, rank = order[rank < _LOOK], rank[rank < _LOOK]
         self._layer = np.full((table.devices, _LOOK), -1, dtype=np.int64)

@@ -142,7 +142,7 @@ def _curves(problem: Problem, work: Floats, parts: Ints, copies: Ints) -> _Curve
     nth = np.arange(len(slices)) - np.repeat(np.cumsum(count) - count, count)
     layer, expert = np.divmod(slices, experts)
     before = work[layer, expert] / (start[layer, expert] + nth)
-    order = np.lexsort((-before, layer))
+    order = np.argsort(layer - before / (2 * before.max(initial=1e-300)))
     layer, expert, before = layer[order], expert[order], before[order]
     steps = np.bincount(layer, minlength=layers).astype(np.int64)
     rank = np.arange(len(layer)) - np.repeat(np.cumsum(steps) - steps, steps)

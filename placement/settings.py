@@ -27,5 +27,5 @@ class PlacementSettings:
     no such copies."""
     max_moved_bytes: int | None = None
     """Most bytes to load in one round; None: no bound."""
-    repairs: int = 16
+    repairs: int = 6
     """Rounds of evening out the busiest devices, at most."""

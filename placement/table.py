@@ -122,7 +122,7 @@ class Table:
         return np.take_along_axis(part, self.expert, axis=1)
 
     def share(self) -> None:
-        """All rows to the copies there are: as so far where a slice got no new copy, else evenly; then water-filling."""
+        """All rows to the copies there are: as so far where a slice got no new one, else evenly; then water-filling."""
         cells = np.arange(self.layers)[:, None] * (self.experts + 1) + self.expert
         size = self.copies.size
         total = np.bincount(cells.reshape(-1), weights=self.part.reshape(-1), minlength=size)
@@ -173,8 +173,7 @@ class Table:
         cells = self.layers * self.devices
         fixed = np.bincount(cell[~shared], weights=part[~shared], minlength=cells)
         layer, column, device, slices, cell = (given[shared] for given in (layer, column, device, slices, cell))
-        group = np.unique(slices, return_inverse=True)[1]
-        work = self.work.reshape(-1)[slices[np.unique(group, return_index=True)[1]]]
+        group, work = self._groups(slices)
         most = np.zeros(len(work))
         np.maximum.at(most, group, np.bincount(cell, minlength=cells)[cell])
         damping = (1 / most)[group]
@@ -195,6 +194,12 @@ class Table:
             own = np.where(aim > 0, own + damping * (aim - own), 0.0)
             own *= (work / np.bincount(group, weights=own, minlength=len(work)))[group]
         self.part[layer, column] = best
+
+    def _groups(self, slices: Ints) -> tuple[Ints, Floats]:
+        """[M] a number without gaps for each of the `slices`, and their work [G]."""
+        known = np.zeros(self.work.size, dtype=np.bool_)
+        known[slices] = True
+        return (np.cumsum(known) - 1)[slices], self.work.reshape(-1)[known]
 
     def pour(self, layers: Ints, expert: Ints) -> None:
         """Exact water-filling of some slices, each for itself."""
