@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from deploy.models import DEFAULT_MODEL, cache_dir, ensure_store
+from deploy.planner.deployment import planner_deployment
 from experts.deployment import expert_deployment
 from gateway.api.deployment import api_deployment
 from gateway.api.keys import load_keys
@@ -80,17 +81,22 @@ def assemble(
     name: str,
     *more: serve.Application,
     listen: tuple[str, int] | None,
+    record: Path | None = None,
 ) -> serve.Application:
     """The application of a store and a policy that meet in the Redis at `redis_url`; `more` nodes join it.
 
-    The api listens on `listen`, or behind Serve's proxy (None). Raise KeySourceError for an API key that is not there.
+    The api listens on `listen`, or behind Serve's proxy (None). The gateway writes a routing record to `record`. Raise
+    KeySourceError for an API key that is not there.
     """
     namespace = _namespace(store, policy, name)
     path, fingerprint = str(store.path), store.manifest.fingerprint
     units = make_units(policy.experts.unit, store.manifest.num_experts, store.manifest.moe_layers)
     compiled = str(cache_dir() / "compiled") if policy.gateway.compile else None
     experts = [expert_deployment(unit, path, policy.experts, redis_url, namespace, compiled) for unit in units]
-    gateway = gateway_deployment(path, policy, redis_url, namespace, compiled)
+    gateway = gateway_deployment(path, policy, redis_url, namespace, compiled, record)
+    if policy.predictor.enabled:
+        models = cache_dir() / "predictors" / fingerprint[:16]
+        more = (*more, planner_deployment(policy.predictor, redis_url, namespace, str(models)))
     config = ApiConfig(store=store.path, model_name=name, policy=policy.api, keys=load_keys(policy.api.keys))
     return api_deployment(config, fingerprint, redis_url, namespace, listen, [gateway, *experts, *more])
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from deploy.models import cache_dir
+from deploy.predictor_commands import app as predictor_app
 
 app = typer.Typer(
     name="evermoe",
@@ -20,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(predictor_app)
+_OURS = {"deploy", "experts", "gateway", "placement", "predictor", "recovery", "replay"}
 _out = Console()
 _err = Console(stderr=True)
 
@@ -34,11 +37,15 @@ def serve(
     policy: Annotated[Path | None, typer.Option(help="Policy file (YAML).")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in the API. Default: its folder's.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Record what is routed in this file; it is complete when the service has ended."),
+    ] = None,
 ) -> None:
     """Serve a Mixture-of-Experts model over an OpenAI-compatible HTTP API."""
     from deploy.serving import serve_model
 
-    serve_model(model, host=host, port=port, policy_file=policy, name=name, dtype=dtype, console=_out)
+    serve_model(model, host=host, port=port, policy_file=policy, name=name, dtype=dtype, record=record, console=_out)
 
 
 @app.command()
@@ -57,6 +64,40 @@ def prepare(
         f"{store}: {manifest.architecture}, {len(manifest.moe_layers)} MoE layers x {manifest.num_experts} experts "
         f"top-{manifest.top_k}, {manifest.dtype}"
     )
+
+
+@app.command()
+def record(
+    out: Annotated[Path, typer.Argument(help="File to write (Parquet).")],
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder or prepared store. Default: the model in the box.")
+    ] = None,
+    profile: Annotated[
+        str, typer.Option(help="prefill-heavy (250 tokens in, 24 out), decode-heavy (170 in, 80 out) or mixed.")
+    ] = "mixed",
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Mean weights of kinds of text: code=3,docs=1,chat=2. Default: as trained."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="How long, on the engine's virtual clock. Default: 10.", min=0.01)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="How long, in steps of the engine.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same record.", min=0)] = 0,
+    load: Annotated[
+        float, typer.Option(help="What arrives on average, as a part of what can be done.", min=0.01, max=2.0)
+    ] = 1.2,
+    threads: Annotated[int, typer.Option(help="Torch threads.", min=1)] = 1,
+    max_mib: Annotated[int, typer.Option(help="The file's size at most, MiB.", min=1)] = 1024,
+) -> None:
+    """Record how a model routes made-up traffic: what the load predictor learns from."""
+    from deploy.recording import Recording, parse_mix, record_traffic
+
+    asked = Recording(
+        profile=profile, mix=parse_mix(mix) if mix else None, load=load, minutes=minutes, steps=steps, seed=seed,
+        threads=threads, max_bytes=max_mib << 20,
+    )  # fmt: skip
+    record_traffic(model, out, asked, _out)
 
 
 @app.command()
@@ -91,7 +132,7 @@ def main() -> None:
 
 def _for_people(error: BaseException) -> bool:
     """Whether `error` is one of ours, worded for the operator."""
-    return type(error).__module__.split(".")[0] in {"deploy", "experts", "gateway", "placement", "recovery"}
+    return type(error).__module__.split(".")[0] in _OURS
 
 
 if __name__ == "__main__":

@@ -58,7 +58,14 @@ def check_port(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def running(
-    store: Callable[[], ExpertStore], policy: Policy, *, name: str, host: str, port: int, redis_url: str | None
+    store: Callable[[], ExpertStore],
+    policy: Policy,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    redis_url: str | None,
+    record: Path | None = None,
 ) -> Iterator[None]:
     """The service, answering on ``host:port`` inside the context; raise LaunchError where it does not come up.
 
@@ -67,7 +74,7 @@ def running(
     with _run_folder() as folder, _redis(redis_url, folder) as url, local_ray(folder), _serve(policy) as serve:
         from deploy.app import assemble
 
-        application = assemble(store(), policy, url, name, listen=(host, port))
+        application = assemble(store(), policy, url, name, listen=(host, port), record=record)
         try:
             serve.run(application, name=APP, route_prefix="/")
         except RuntimeError as error:

@@ -38,11 +38,17 @@ def serve_model(
     policy_file: Path | None,
     name: str | None,
     dtype: str,
+    record: Path | None,
     console: Console,
 ) -> None:
     """Serve until interrupted. Everything that can be wrong is checked before anything is started."""
     _interrupt_once()
     policy = load_policy(policy_file)
+    if record is not None:
+        from deploy.recording import check_writable
+
+        check_writable(record)
+        record = record.resolve()
     check_port(host, port)
     redis_url = os.environ.get("REDIS_URL")
     if redis_url:
@@ -53,7 +59,7 @@ def serve_model(
     store = _in_background(lambda: _store(source, dtype, console))
     if model is not None:
         store()  # a model of the operator's own is judged before anything starts; ours can wait for Ray
-    with running(store, policy, name=served, host=host, port=port, redis_url=redis_url):
+    with running(store, policy, name=served, host=host, port=port, redis_url=redis_url, record=record):
         _interrupt_once()
         url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         console.print(

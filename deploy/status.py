@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -68,6 +69,33 @@ def print_status(report: dict[str, Any], console: Console) -> None:
         cells = (unit["unit"], f"{unit['ready']}/{planned}", " ".join(nodes), _ranges(layers), calls)
         table.add_row(*(cell or "-" for cell in cells))
     console.print(table)
+    if report.get("forecast") is not None:
+        _print_forecast(report["forecast"], console)
+
+
+def _print_forecast(forecast: dict[str, Any], console: Console) -> None:
+    """What was expected beside what came, for each layer."""
+    model = f"predictor version {forecast['model']}" if forecast["model"] else "no trained predictor yet"
+    age = max(time.time() - forecast["made_at"], 0.0)
+    console.print(
+        f"forecast of the next {forecast['horizon_s']:g} s ({age:.0f} s ago): {model}, {forecast['steps']} steps seen, "
+        f"training {forecast['training']}",
+        highlight=False,
+    )
+    table = Table("layer", "method", "error", "hottest forecast", "hottest actual", "rows to come (p90)")
+    for layer in forecast["layers"]:
+        total = sum(layer["actual"]) or 1
+        actual = [count / total for count in layer["actual"]]
+        error = "-" if layer["error"] is None else f"{layer['error']:.3f}"
+        rows = f"{sum(layer['expected']):.0f} ({sum(layer['p90']):.0f})"
+        table.add_row(str(layer["layer"]), layer["method"], error, _hottest(layer["forecast"]), _hottest(actual), rows)
+    console.print(table)
+
+
+def _hottest(shares: list[float]) -> str:
+    """The three largest shares, as ``expert share%``."""
+    order = sorted(range(len(shares)), key=lambda expert: -shares[expert])[:3]
+    return ", ".join(f"{expert} {shares[expert]:.0%}" for expert in order) or "-"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -51,7 +51,7 @@ class Team {
 
  private:
   using Call = void (*)(const void*, int64_t);
-  static constexpr auto kAwake = std::chrono::microseconds(3000);
+  static constexpr auto kAwake = std::chrono::microseconds(200);
 
   Team() = default;
 

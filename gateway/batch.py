@@ -19,6 +19,8 @@ from gateway.sequence import Sequence
 class Batch:
     """Everything one forward needs, T rows in all."""
 
+    works: list[Work]
+    """In the order of their rows."""
     token_ids: torch.Tensor
     """[T]"""
     positions: torch.Tensor
@@ -60,6 +62,7 @@ def build_batch(
                 start, work.count, prompt_length=sequence.prompt_length, total=len(sequence.tokens)
             )
     return Batch(
+        works=ordered,
         token_ids=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
         sample_rows=torch.tensor(sample_rows + scored_rows, dtype=torch.long, device=device),

@@ -22,7 +22,7 @@ class GatewayReplica:
     """Serve makes one for each gateway; requests arrive on its own port, not through Serve."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, store: str, policy: Policy, redis_url: str, namespace: str, compiled: str | None
+        self, store: str, policy: Policy, redis_url: str, namespace: str, compiled: str | None, record: Path | None
     ) -> None:
         # How long OpenMP's threads spin before they sleep, read when torch is imported: the cores are shared.
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -36,6 +36,7 @@ class GatewayReplica:
             node=ray.get_runtime_context().get_node_id(),
             node_ip=ray.util.get_node_ip_address(),
             compiled=None if compiled is None else Path(compiled),
+            record=record,
         )
         await self._gateway.__aenter__()
 
@@ -51,9 +52,12 @@ class GatewayReplica:
 
 
 def gateway_deployment(
-    store: str, policy: Policy, redis_url: str, namespace: str, compiled: str | None
+    store: str, policy: Policy, redis_url: str, namespace: str, compiled: str | None, record: Path | None = None
 ) -> serve.Application:
-    """The Serve application node of the gateway; `compiled` is where compiled layers are kept, if any are."""
+    """The Serve application node of the gateway; `compiled` is where compiled layers are kept, if any are.
+
+    What is routed is recorded in the file `record`, where one is named.
+    """
     options = {"num_cpus": 0, "num_gpus": int(_wants_gpu(policy.gateway.device))}
     deployment = serve.deployment(
         GatewayReplica,
@@ -62,7 +66,7 @@ def gateway_deployment(
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=policy.api.drain_s + _STOP_S,
     )
-    return deployment.bind(store, policy, redis_url, namespace, compiled)
+    return deployment.bind(store, policy, redis_url, namespace, compiled, record)
 
 
 def _wants_gpu(device: str) -> bool:

@@ -20,6 +20,7 @@ from gateway.model import GatewayModel
 from gateway.pace import Pace
 from gateway.request_check import RequestError as RequestError
 from gateway.request_check import capped, check
+from gateway.routing_log import RoutingLog
 from gateway.sampler import INVALID, sample, tell
 from gateway.scheduler import Scheduler, Work
 from gateway.sequence import Sequence
@@ -58,10 +59,12 @@ class Engine:
         draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
         clock: Callable[[], float] = time.monotonic,
         times: StepTimes | None = None,
+        routing: RoutingLog | None = None,
     ) -> None:
         """Raise ValueError for settings that cannot work.
 
         `draw_seed` gives the seed of requests without one, `clock` the seconds by which deadlines and timings go.
+        `routing` notes what the model's layers route; it must be watching the model's experts.
         """
         settings = settings or EngineSettings()
         blocks = blocks_in(settings.kv_cache_gib, model.kv_shapes, model.dtype, settings.block_size)
@@ -79,6 +82,7 @@ class Engine:
             prefix_caching=settings.prefix_caching and model.rope is None,
         )
         self.times = times or StepTimes()
+        self._routing = routing
         self._pace = Pace()
         self._grammars = grammars
         self._draw_seed = draw_seed
@@ -110,6 +114,8 @@ class Engine:
             return deltas
         try:
             batch = build_batch(works, self.cache, rope=self.model.rope, device=self.model.device)
+            if self._routing is not None:
+                self._routing.begin(batch)
             scheduled = time.perf_counter()
             logits = self.model.forward(batch)
             computed = time.perf_counter()
@@ -122,6 +128,8 @@ class Engine:
         sampled = time.perf_counter()
         chosen = zip(batch.sampled, tokens, strict=True)
         deltas += [self._emit(sequence, token, told.get(i)) for i, (sequence, token) in enumerate(chosen)]
+        if self._routing is not None:
+            self._routing.end(self.scheduler, self._clock())
         self.times.step(started, scheduled, computed, sampled)
         return deltas
 

@@ -16,6 +16,7 @@ import redis
 import torch
 
 from experts import kernels
+from experts.families import moe_modules
 from experts.ffn import ExpertFFN
 from experts.store import ExpertStore, Manifest
 from experts.wire.sockets import host_id
@@ -27,14 +28,20 @@ from gateway.fleet import DispatchTable, Fleet
 from gateway.grammar import Grammars
 from gateway.inline_choice import InlineChoice
 from gateway.link.server import GatewayServer
+from gateway.load_feed import LoadFeed
+from gateway.look_ahead import Gates
 from gateway.messages import GatewayStatus
 from gateway.model import load_model
+from gateway.routing_chunk import Hello
+from gateway.routing_log import RoutingLog
+from gateway.routing_packer import RoutingPacker
 from gateway.step_times import StepTimes
 from placement import plan
 from placement.cost import Speed
 from placement.plan import Plan
 from placement.policy import GatewayPolicy, Policy
 from placement.unit import Unit, make_units
+from predictor.shape import ModelShape
 from recovery.directory import START_S, Directory, GatewayEntry
 from recovery.lease import Lease
 
@@ -63,8 +70,11 @@ class Gateway:
         node: str,
         node_ip: str,
         compiled: Path | None = None,
+        record: Path | None = None,
     ) -> None:
-        """`compiled` is a folder of this host for compiled layers; without one none are."""
+        """`compiled` is a folder of this host for compiled layers; without one none are. `record`: a file to write
+        what is routed to (see `predictor.records`).
+        """
         self._store = ExpertStore.open(store)
         self._policy = policy
         self._directory = directory
@@ -73,6 +83,9 @@ class Gateway:
         self._node_ip = node_ip
         self._units = make_units(policy.experts.unit, self._store.manifest.num_experts, self._store.manifest.moe_layers)
         self._compiled = compiled
+        self._record = record
+        told = record is not None or policy.predictor.enabled
+        self._routing = RoutingLog(self._store.manifest.moe_layers) if told else None
         self._times = StepTimes()
         self._exits = contextlib.AsyncExitStack()
 
@@ -88,10 +101,13 @@ class Gateway:
         self._directory.wait(START_S)
         secret, fingerprint = self._directory.secret(), self._store.manifest.fingerprint
         self._dispatcher = self._connect(secret)
-        model = load_model(self._store, device=_device(self._policy.gateway.device), experts=self._dispatcher)
+        experts = self._dispatcher if self._routing is None else self._routing.watch(self._dispatcher)
+        model = load_model(self._store, device=_device(self._policy.gateway.device), experts=experts)
         self._model = model
         grammars = Grammars(self._store.path, model.vocab_size)
-        self._engine = Engine(model, _settings(self._policy.gateway), grammars=grammars, times=self._times)
+        self._engine = Engine(
+            model, _settings(self._policy.gateway), grammars=grammars, times=self._times, routing=self._routing
+        )
         self._server = await self._exits.enter_async_context(
             GatewayServer(
                 self._engine,
@@ -111,7 +127,32 @@ class Gateway:
             loading = threading.Thread(target=self._load_experts, name="load-experts", daemon=True)
             loading.start()
             self._exits.push_async_callback(asyncio.to_thread, loading.join)
+        if self._routing is not None:
+            feeding = asyncio.create_task(self._feed_load(self._routing), name="feed-load")
+            self._exits.callback(feeding.cancel)
         return self
+
+    async def _feed_load(self, routing: RoutingLog) -> None:
+        """Tell what is routed, not at once: see `_start_experts`."""
+        manifest = self._store.manifest
+        routing.gates = Gates(self._model.network, moe_modules(self._model.network), manifest.top_k)
+        await asyncio.sleep(_HEAD_START_S)
+        packer = RoutingPacker(routing, manifest.num_experts, self._policy.gateway.max_batch_tokens)
+        feed = LoadFeed(packer, self._hello())
+        self._exits.push_async_callback(asyncio.to_thread, feed.close)
+        feed.start()
+
+    def _hello(self) -> Hello:
+        manifest, streamed = self._store.manifest, self._policy.predictor.enabled
+        layers, vocabulary = tuple(manifest.moe_layers), self._model.vocab_size
+        shape = ModelShape(manifest.fingerprint, layers, manifest.num_experts, manifest.top_k, vocabulary)
+        return Hello(
+            gateway=self._name,
+            shape=shape.to_json(),
+            redis_url=self._directory.url if streamed else None,
+            namespace=self._directory.namespace,
+            record=None if self._record is None else str(self._record),
+        )
 
     def _load_experts(self) -> None:
         """Before they are asked for: packing an expert takes as long as reading it."""
@@ -206,6 +247,7 @@ class Gateway:
             steps=self._times.steps,
             step_seconds=dict(self._times.seconds),
             compiled_layers=self._model.compiled,
+            load_steps_dropped=0 if self._routing is None else self._routing.dropped,
         )
 
 

@@ -168,6 +168,8 @@ class GatewayStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What they spent by phase (see `gateway.step_times`)."""
     compiled_layers: int = 0
     """Decoder layers that run compiled."""
+    load_steps_dropped: int = 0
+    """Steps whose routing nobody took in time: the predictor did not hear of them."""
     preemptions: int = 0
     prefix_cache_queries: int = 0
     """Tokens that were looked for in the cache, and of these ``prefix_cache_hits`` were found."""

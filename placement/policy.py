@@ -152,12 +152,29 @@ class ApiPolicy(_Section):
         return self
 
 
+class PredictorPolicy(_Section):
+    """The forecast of expert load."""
+
+    enabled: bool = True
+    """Watch what is routed, and forecast it."""
+    interval_s: float = Field(default=1.0, ge=0.1, le=60)
+    """Between two forecasts."""
+    horizon_s: float = Field(default=3.0, ge=0.1, le=60)
+    """How far a forecast looks."""
+    models: Path | None = None
+    """Folder of trained predictors (`evermoe predictor train`), to begin with and to keep later ones in; by default
+    one in the cache, by the model's fingerprint."""
+    train: bool = True
+    """Learn from the traffic, in the background and at the lowest priority."""
+
+
 class Policy(_Section):
     """A whole policy file; every part has a default."""
 
     experts: ExpertPolicy = ExpertPolicy()
     gateway: GatewayPolicy = GatewayPolicy()
     api: ApiPolicy = ApiPolicy()
+    predictor: PredictorPolicy = PredictorPolicy()
 
 
 def load_policy(path: Path | None) -> Policy:

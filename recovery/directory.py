@@ -10,7 +10,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 import redis
@@ -58,6 +58,7 @@ class Directory:
 
     def __init__(self, url: str, namespace: str) -> None:
         self.url = url
+        self.namespace = namespace
         self._prefix = f"evermoe:{namespace}:"
         try:
             self._redis = redis.Redis.from_url(url, socket_connect_timeout=2.0, socket_timeout=5.0)
@@ -122,6 +123,19 @@ class Directory:
         """The named document; None where there is none."""
         value = self._redis.get(self._key(document))
         return value if isinstance(value, bytes) else None
+
+    def append(self, stream: str, value: bytes, *, keep: int) -> None:
+        """Add to a named stream, of which about the last `keep` values are kept."""
+        self._redis.xadd(self._key(stream), {"value": value}, maxlen=keep, approximate=False)
+
+    def entries(self, stream: str, after: str, wait_s: float, most: int = 64) -> list[tuple[str, bytes]]:
+        """(place, value) of what comes in a stream behind the place `after`; none where nothing comes in `wait_s`.
+
+        ``0`` is the place before the first value that is kept, ``$`` the one behind the last.
+        """
+        key = self._key(stream)
+        found = cast(list[Any], self._redis.xread({key: after}, count=most, block=max(int(wait_s * 1000), 1)))
+        return [(place.decode(), fields[b"value"]) for _, values in found for place, fields in values]
 
     @contextlib.contextmanager
     def changes(self) -> Iterator[Callable[[float], bool]]:

@@ -21,7 +21,7 @@ from gateway.api.listener import listening
 from gateway.api.served_model import ApiConfig
 from gateway.link.pool import GatewayPool
 from gateway.messages import GatewayStatus
-from placement import plan
+from placement import forecast, plan
 from recovery.directory import START_S, Directory, GatewayEntry
 
 STOP_S = 10.0
@@ -83,6 +83,7 @@ class ApiReplica:
         entries = {entry.id: entry for entry in self._directory.gateways()}
         return {
             "model": self._config.model_name,
+            "forecast": self._forecast(),
             "gateways": [
                 {
                     "pid": entries[answer.gateway].pid,
@@ -107,6 +108,14 @@ class ApiReplica:
                 for unit in _ordered({unit for answer in answers for unit in answer.expert_calls} | planned.keys())
             ],
         }
+
+    def _forecast(self) -> dict[str, Any] | None:
+        """What the planner expects; None where there is none."""
+        document = self._directory.read(forecast.DOCUMENT)
+        try:
+            return None if document is None else dict(msgspec.to_builtins(forecast.decode(document)))
+        except msgspec.DecodeError:  # left by another release
+            return None
 
 
 def api_deployment(

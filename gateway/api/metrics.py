@@ -6,6 +6,7 @@ gateways at the moment of asking.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ _TTFT = (
     2560,
 )
 _TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_OLD_S = 60.0
 _REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 
 
@@ -107,6 +109,7 @@ class _State(Collector):
         self._model = model
         self._gateways = report["gateways"]
         self._units = report["units"]
+        self._forecast = report.get("forecast")
 
     def collect(self) -> Iterable[Metric]:
         """Prometheus' interface."""
@@ -134,6 +137,21 @@ class _State(Collector):
             replicas.add_metric([self._model, unit["unit"], "planned"], unit["planned"] or 0)
             replicas.add_metric([self._model, unit["unit"], "ready"], unit["ready"])
         yield replicas
+        yield from self._forecast_errors()
+
+    def _forecast_errors(self) -> Iterable[Metric]:
+        """Of a planner that is there: an old forecast's error says nothing of now."""
+        if self._forecast is None or time.time() - self._forecast["made_at"] > _OLD_S:
+            return
+        errors = GaugeMetricFamily(
+            "evermoe:forecast_error_ratio",
+            "Part of a layer's rows that forecasts put on wrong experts, 0 to 1, mean of the latest ones.",
+            labels=["model_name", "layer"],
+        )
+        for layer in self._forecast["layers"]:
+            if layer["error"] is not None:
+                errors.add_metric([self._model, str(layer["layer"])], layer["error"])
+        yield errors
 
     def _sum(self, name: str) -> float:
         return float(sum(gateway[name] for gateway in self._gateways))

@@ -132,6 +132,24 @@ def test_an_unknown_dtype(refuse, checkpoint: Path) -> None:  # type: ignore[no-
     assert "int3" in refuse("serve", str(checkpoint), "--dtype", "int3")
 
 
+def test_a_record_that_can_not_be_written(refuse, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "nowhere" / "record"
+    for command in (["record", str(file)], ["serve", "--record", str(file)]):
+        assert f"{file} can't be written" in refuse(*command)
+
+
+def test_a_record_of_an_unknown_profile(refuse, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "prefill-heavy, decode-heavy, mixed" in refuse("record", str(tmp_path / "x"), "--profile", "busy")
+
+
+def test_a_record_of_a_mix_that_is_none(refuse, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "code=3,chat=1" in refuse("record", str(tmp_path / "x"), "--mix", "code:3")
+
+
+def test_a_record_of_a_model_that_is_not_there(refuse, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "nowhere" in refuse("record", str(tmp_path / "x"), "--model", str(tmp_path / "nowhere"))
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense"])
 def test_status_of_a_service_that_is_not_there(refuse, url: str) -> None:  # type: ignore[no-untyped-def]
     assert url in refuse("status", "--url", url)

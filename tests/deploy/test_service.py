@@ -20,6 +20,7 @@ import openai
 import psutil
 import pytest
 
+from predictor.records import read_records
 from tests.waiting import eventually
 
 EVERMOE = str(Path(sys.executable).parent / "evermoe")
@@ -40,7 +41,8 @@ class Served:
         self.temporary = Path(tempfile.mkdtemp(prefix="e-", dir="/tmp"))  # short: Unix sockets have little room
         environment = {**os.environ, "EVERMOE_CACHE": str(folder / "cache"), "TMPDIR": str(self.temporary)}
         environment.pop("REDIS_URL", None)
-        command = [EVERMOE, "serve", "--port", str(self.port), "--dtype", "float32"]
+        self.record = folder / "record.parquet"
+        command = [EVERMOE, "serve", "--port", str(self.port), "--dtype", "float32", "--record", str(self.record)]
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=output, start_new_session=True
@@ -175,6 +177,45 @@ def test_status_shows_every_expert(served: Served) -> None:
     assert [unit["unit"] for unit in report["units"]] == [f"expert-{e}" for e in range(8)]
 
 
+def forecast_of(served: Served) -> dict[str, Any]:
+    return dict(served.status()["forecast"] or {})
+
+
+def planners(served: Served) -> list[psutil.Process]:
+    children = psutil.Process(served.process.pid).children(recursive=True)
+    return [child for child in children if "ServeReplica:evermoe:planner" in " ".join(child.cmdline())]
+
+
+def test_the_forecast_is_shown_beside_what_came(served: Served) -> None:
+    def judged() -> bool:
+        served.stream(60)
+        layers = forecast_of(served).get("layers", [])
+        return bool(layers) and all(layer["error"] is not None and sum(layer["actual"]) > 0 for layer in layers)
+
+    eventually(judged, 120, "forecasts are judged")
+    assert len(forecast_of(served)["layers"]) == 4
+    command = [EVERMOE, "status", "--url", served.url]
+    wide = {**os.environ, "COLUMNS": "160"}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
+    assert re.search(r"forecast of the next 3 s .* no trained predictor yet", said), said
+    metrics = httpx.get(f"{served.url}/metrics").text
+    errors = re.findall(r'evermoe:forecast_error_ratio\{layer="(\d)",model_name="evermoe-tiny"\} (\S+)', metrics)
+    assert [layer for layer, _ in errors] == list("0123")
+    assert all(0 <= float(error) <= 1 for _, error in errors)
+
+
+def test_without_its_planner_everything_serves_on(served: Served) -> None:
+    expected = served.stream(60)
+    eventually(lambda: len(planners(served)) == 1, 60, "there is a planner")
+    [planner] = planners(served)
+    planner.kill()
+    planner.wait(20)
+    assert served.stream(60) == expected
+    before = forecast_of(served)["made_at"]
+    eventually(lambda: forecast_of(served)["made_at"] > before, 90, "another planner forecasts")
+    assert forecast_of(served)["steps"] > 60  # the stream tells it what was before
+
+
 def test_interrupting_it_lets_requests_finish_and_leaves_nothing_behind(served: Served) -> None:
     """Last in this file: it ends the service."""
     expected = served.stream(100)
@@ -194,6 +235,7 @@ def test_interrupting_it_lets_requests_finish_and_leaves_nothing_behind(served: 
     assert int(refused[0].headers["retry-after"]) > 0
     assert served.process.wait(60) == 0, served.output.read_text()
     assert "Traceback" not in served.output.read_text()
+    assert len(read_records(served.record)) > 500
     _, alive = psutil.wait_procs(mine, timeout=20)
     assert alive == []
     assert list(served.temporary.iterdir()) == []

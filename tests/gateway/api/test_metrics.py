@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.api.metrics import Metrics
 from gateway.messages import Delta, Timings
 from tests.gateway.api.serving import NAME, TEXT, Api, api_of, error_of, saying, until_running
 from tests.gateway.fake_engine import FakeEngine
@@ -120,6 +122,15 @@ async def test_experts_and_requests_have_figures_of_ours(api: Api) -> None:
     assert seen["evermoe:http_requests_total{/v1/completions}{400}"] == 1
     assert seen["evermoe:http_requests_total{none}{404}"] == 1
     assert seen["process_resident_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize(("age_s", "told"), [(1.0, True), (3600.0, False)])
+def test_the_errors_of_a_forecast_are_told_while_it_is_fresh(age_s: float, told: bool) -> None:
+    layers = [{"layer": 2, "error": 0.25}, {"layer": 3, "error": None}]
+    report = {"gateways": [], "units": [], "forecast": {"made_at": time.time() - age_s, "layers": layers}}
+    text = Metrics(NAME).exposition(report).decode()
+    samples = [line for line in text.splitlines() if line.startswith("evermoe:forecast_error_ratio{")]
+    assert samples == [f'evermoe:forecast_error_ratio{{layer="2",model_name="{NAME}"}} 0.25'] * told
 
 
 async def test_without_a_gateway_there_are_still_metrics(api: Api) -> None:

@@ -1,0 +1,1 @@
+"""The planner process: follows the load stream, and says what to expect."""

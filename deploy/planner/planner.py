@@ -1,0 +1,170 @@
+"""The planner: load stream in, forecast document out, and models that it trains on the way. Knows nothing of Serve."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+import redis
+
+from deploy.planner.follower import Follower
+from deploy.planner.training import Memory, Training
+from placement import forecast
+from placement.forecast import LoadForecast
+from placement.policy import PredictorPolicy
+from predictor import storage
+from predictor.model import LoadModel
+from predictor.retraining import RetrainPolicy, reason_to_train
+from predictor.shape import ModelShape
+from predictor.storage import PredictorError
+from recovery import load_stream
+from recovery.directory import Directory
+from recovery.load_stream import LoadMessage
+
+log = logging.getLogger(__name__)
+
+_AGAIN_S = 1.0
+_LISTEN_S = 0.2
+
+
+class Planner:
+    """Follows the load stream in a thread until closed; through a Redis that is down it waits.
+
+    Of several gateways it follows the one that it heard of last.
+    """
+
+    def __init__(
+        self,
+        policy: PredictorPolicy,
+        directory: Directory,
+        models: Path,
+        *,
+        delay_s: float = 0.0,
+        retrain: RetrainPolicy | None = None,
+    ) -> None:
+        """`models` is the folder of trained predictors; `delay_s` passes before anything is done."""
+        self._policy = policy
+        self._directory = directory
+        self._models = models
+        self._delay_s = delay_s
+        self._retrain = retrain or RetrainPolicy()
+        self._memory = Memory()
+        self._training = Training(models, policy.horizon_s)
+        self._why = ""
+        self._gateway = ""
+        self._follower: Follower | None = None
+        self._model: LoadModel | None = None
+        self._version = 0
+        self._steps_since = 0
+        self._place = "0"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="planner", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it goes on."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop, and end a training that runs."""
+        self._stop.set()
+        self._thread.join()
+        self._training.close()
+
+    def _run(self) -> None:
+        self._stop.wait(self._delay_s)
+        healthy = True
+        while not self._stop.is_set():
+            try:
+                self._follow()
+            except (redis.RedisError, OSError) as error:
+                if healthy:
+                    log.warning("Redis is lost, nothing is forecast meanwhile: %s", error)
+                healthy = False
+                self._stop.wait(_AGAIN_S)
+
+    def _follow(self) -> None:
+        due = time.monotonic()
+        while not self._stop.is_set():
+            messages, self._place = load_stream.receive(self._directory, self._place, _LISTEN_S)
+            for message in messages:
+                self._take(message)
+            if time.monotonic() >= due:
+                due = time.monotonic() + self._policy.interval_s
+                self._train()
+                if self._follower is not None:
+                    self._directory.publish(forecast.DOCUMENT, forecast.encode(self._forecast(self._follower)))
+
+    def _take(self, message: LoadMessage) -> None:
+        try:
+            records, steps = message.records(), message.steps()
+        except ValueError as error:
+            log.warning("a message of the load stream is left out: %s", error)
+            return
+        follower = self._follower_of(message.gateway, records.shape)
+        for step in steps:
+            follower.observe(step)
+        self._memory.add(message.gateway, records)
+        self._steps_since += len(steps)
+
+    def _follower_of(self, gateway: str, shape: ModelShape) -> Follower:
+        if self._follower is None or self._follower.shape != shape:
+            self._memory = Memory()
+            self._load(shape)
+        elif self._gateway == gateway:
+            return self._follower
+        self._gateway = gateway
+        self._follower = Follower(shape, self._policy.horizon_s, self._model)
+        return self._follower
+
+    def _load(self, shape: ModelShape) -> None:
+        """The newest model there is of `shape`."""
+        if not storage.versions(self._models):
+            return
+        try:
+            self._model = storage.load(self._models, shape)
+            self._version = storage.versions(self._models)[-1]
+        except PredictorError as error:
+            log.warning("no trained predictor is used: %s", error)
+
+    def _train(self) -> None:
+        """Begin to train where there is reason to; take over what was trained."""
+        if self._follower is None or not self._policy.train:
+            return
+        if self._training.busy:
+            if self._training.ended():
+                self._load(self._follower.shape)
+                self._follower.use(self._model)
+            self._why = self._why if self._training.busy else ""
+            return
+        has_model = self._model is not None
+        why = reason_to_train(self._retrain, has_model=has_model, steps=self._steps_since, ratio=self._follower.drift)
+        if why is not None:
+            log.info("training: %s", why)
+            self._why, self._steps_since = why, 0
+            self._training.start(self._memory.recordings())
+
+    def _forecast(self, follower: Follower) -> LoadForecast:
+        return LoadForecast(
+            made_at=time.time(),
+            horizon_s=self._policy.horizon_s,
+            gateway=self._gateway,
+            steps=follower.steps,
+            model=self._version,
+            trained_steps=0 if self._model is None else self._model.trained_steps,
+            training=f"under way: {self._why}" if self._why else self._idle(),
+            layers=follower.forecast(),
+        )
+
+    def _idle(self) -> str:
+        if not self._policy.train:
+            return "off (predictor.train)"
+        if self._model is None:
+            return f"begins after {self._retrain.first_after} steps"
+        return "when the forecast drifts"

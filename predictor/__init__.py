@@ -1,0 +1,1 @@
+"""Forecasts of expert load: arrays in, arrays out. No Ray, no Redis, no clock."""
