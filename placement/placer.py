@@ -15,7 +15,7 @@ from placement.dealing import deal
 from placement.filling import lower_bound
 from placement.problem import Assignment, Copies, Problem
 from placement.repair import Limits, Repair
-from placement.scaler import Scale, copy_price, largest_first, scale
+from placement.scaler import Scale, copy_price, largest_first, room_for, scale
 from placement.settings import PlacementSettings
 from placement.spreading import spread_out
 from placement.table import Table
@@ -40,14 +40,15 @@ def place(problem: Problem, scaled: Scale, settings: PlacementSettings) -> Assig
     must = (missing > 0) & (table.copies[:, :-1] < _least(scaled, settings))
     table.share()
     stay, seconds = table.snapshot(), _seconds(table, limits)
-    if missing.any():
-        deal(table, problem, missing, _make_room(table, scaled, missing))
+    over = table.total > limits.room
+    if missing.any() or over:
+        deal(table, problem, missing, _make_room(table, scaled, missing, limits.room))
     apart = spread_out(table, problem, scaled, limits.bound)
-    if missing.any() or apart:
+    if missing.any() or apart or over:
         table.share()
     Repair(table, problem, scaled, limits).run()
     table.settle()
-    if not (must.any() or apart) and _seconds(table, limits) > seconds * (1 - _WORTH):
+    if not (must.any() or apart or over) and _seconds(table, limits) > seconds * (1 - _WORTH):
         table.restore(stay)
     return Assignment.of(problem, _finish(table, scaled, settings))
 
@@ -74,8 +75,8 @@ def _limits(problem: Problem, scaled: Scale, settings: PlacementSettings) -> Lim
         price=copy_price(problem, settings),
         bound=1 << 62 if most is None else most // problem.slice_bytes,
         rounds=settings.repairs,
+        room=room_for(problem, settings),
         least=settings.min_copies,
-        most=settings.max_copies,
     )
 
 
@@ -110,14 +111,14 @@ def _missing(table: Table, scaled: Scale, settings: PlacementSettings, bound: in
     return largest_first(first, scaled.work, bound) + rest
 
 
-def _make_room(table: Table, scaled: Scale, missing: Ints) -> Ints:
+def _make_room(table: Table, scaled: Scale, missing: Ints, room: int) -> Ints:
     """Forget copies beyond those wanted where memory is short, in layers that need some first; [L, D] how many where.
 
     A slice gives up the copies on the busiest devices; of a layer's slices those give first that lose least.
     """
     given_up = np.zeros((table.layers, table.devices), dtype=np.int64)
     needs = missing.sum(axis=1)
-    short = int(needs.sum() - table.free.sum())
+    short = int(needs.sum()) - min(int(table.free.sum()), room - table.total)
     if short <= 0:
         return given_up
     layer, column = table.entries()

@@ -39,9 +39,10 @@ class Limits:
     bound: int
     """Copies that may be loaded in this round."""
     rounds: int
-    least: int
-    most: int
-    """Copies of one slice, where it has any."""
+    room: int
+    """Copies that there may be in all."""
+    least: int | Ints
+    """Copies that a slice keeps, where it has any."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -191,7 +192,7 @@ class Repair:
         stays = ~scaled.spread[layer, expert] | (node[source] == node[to])
         by_move = np.where(elsewhere & stays, high - np.maximum(high - part * slow_high, low + part * slow_low), 0.0)
         poured = np.minimum(part, np.maximum(high - low, 0.0) / (slow_high + slow_low))
-        may_split = elsewhere & (table.copies[layer, expert] < np.minimum(scaled.parts[layer, expert], limits.most))
+        may_split = elsewhere & (table.copies[layer, expert] < scaled.parts[layer, expert])
         by_split = np.where(may_split & ~target.trade[row], poured * slow_high, 0.0)
         by_split[by_split < limits.price] = 0.0
         whole = by_move >= _MOVE * by_split
@@ -210,6 +211,8 @@ class Repair:
         fits &= rank_among(layer * experts + table.expert[layer, relief.column]) == 0
         given_up = np.where(victim >= 0, of * experts + table.expert[of, victim], -1 - np.arange(len(of)))
         fits &= rank_among(given_up) == 0
+        more = fits & ~relief.whole & (victim < 0)
+        fits &= ~more | (np.cumsum(more) <= self._limits.room - table.total)
         chosen = np.flatnonzero(fits)[: self._left()]
         return _Relief(relief.row[chosen], relief.column[chosen], relief.seconds[chosen], relief.whole[chosen])
 

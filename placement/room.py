@@ -84,7 +84,7 @@ def lowest(values: Floats, count: int) -> Ints:
 class Spare:
     """Copies that could be forgotten: their siblings would take their seconds without passing the layer's goal."""
 
-    def __init__(self, table: Table, scaled: Scale, goal: Floats, least: int) -> None:
+    def __init__(self, table: Table, scaled: Scale, goal: Floats, least: int | Ints) -> None:
         self._table, self._goal = table, goal
         self._least = np.pad(np.maximum(np.where(scaled.spread, 2, 1), least), ((0, 0), (0, 1)))
 

@@ -61,8 +61,8 @@ class _Curves:
 def scale(problem: Problem, settings: PlacementSettings) -> Scale:
     """Copies of each slice within the memory of all devices together."""
     layers, _, devices = problem.shape
-    room = int(problem.slots.sum())
-    most = max(1, min(settings.max_copies, devices))
+    room = room_for(problem, settings)
+    most = np.clip(settings.max_copies, 1, max(1, devices))
     work = work_seconds(problem.speed, problem.demand.high)
     parts = most_parts(problem.speed, problem.demand.high, most)
     copies = _first_copies(problem, settings, room)
@@ -89,10 +89,16 @@ def replicas_wanted(copies: Ints, unit: Ints, units: int) -> Ints:
     return wanted
 
 
+def room_for(problem: Problem, settings: PlacementSettings) -> int:
+    """Copies that fit on the devices and in the memory for all of them."""
+    room = int(problem.slots.sum())
+    return room if settings.max_bytes is None else min(room, settings.max_bytes // problem.slice_bytes)
+
+
 def copy_price(problem: Problem, settings: PlacementSettings) -> float:
     """Seconds of a step that a copy must save to be worth its memory."""
     steps = problem.demand.steps_per_s
-    return keep_alive_s(problem, settings) / steps if steps > 0 else np.inf
+    return max(keep_alive_s(problem, settings) / steps, settings.least_gain_s) if steps > 0 else np.inf
 
 
 def _first_copies(problem: Problem, settings: PlacementSettings, room: int) -> Ints:
@@ -101,18 +107,19 @@ def _first_copies(problem: Problem, settings: PlacementSettings, room: int) -> I
     inline = work_seconds(problem.inline, problem.demand.rows) * problem.demand.steps_per_s
     held = copy_counts(problem.resident, layers, experts) > 0
     bar = keep_alive_s(problem, settings) * np.where(held, 1 - settings.hysteresis, 1.0)
-    wanted = np.where(inline >= bar, max(1, settings.min_copies), settings.min_copies)
-    copies = np.minimum(wanted, min(settings.max_copies, devices)).astype(np.int64)
+    wanted = np.where(inline >= bar, np.maximum(1, settings.min_copies), settings.min_copies)
+    copies = np.minimum(wanted, np.minimum(settings.max_copies, devices)).astype(np.int64)
     first = largest_first(np.minimum(copies, 1), inline, room)
     return first + largest_first(np.maximum(copies - 1, 0) * first, inline, room - int(first.sum()))
 
 
 def _spread(problem: Problem, settings: PlacementSettings, work: Floats, copies: Ints) -> Bools:
     """[L, E] slices that get copies on two nodes."""
-    if settings.spread_above is None or settings.max_copies < 2 or len(np.unique(problem.devices.node)) < 2:
+    if settings.spread_above is None or len(np.unique(problem.devices.node)) < 2:
         return np.zeros(work.shape, dtype=np.bool_)
-    hot: Bools = (work > settings.spread_above * work.mean(axis=1, keepdims=True)) & (copies > 0)
-    return hot
+    hot = work > settings.spread_above * work.mean(axis=1, keepdims=True)
+    spread: Bools = hot & (copies > 0) & (np.asarray(settings.max_copies) > 1)
+    return spread
 
 
 def largest_first(wanted: Ints, work: Floats, room: int) -> Ints:

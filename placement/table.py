@@ -49,6 +49,11 @@ class Table:
         free: Ints = self.slots - self._used
         return free
 
+    @property
+    def total(self) -> int:
+        """Copies there are."""
+        return int(self.copies.sum())
+
     def snapshot(self) -> tuple[NDArray[Any], ...]:
         """Where copies are and what they get, to come back to."""
         columns = (self.expert, self.device, self.part, self.fresh, self.used)

@@ -19,7 +19,7 @@ def work_seconds(speed: Speed, rows: Floats) -> Floats:
     return seconds
 
 
-def most_parts(speed: Speed, rows: Floats, most: int) -> Ints:
+def most_parts(speed: Speed, rows: Floats, most: Ints) -> Ints:
     """Copies that share a slice's rows without reading its weights more often than computing hides; 1 to `most`."""
     if speed.read_s <= 0:
         return np.full(rows.shape, most, dtype=np.int64)

@@ -17,23 +17,16 @@ SPREAD = 0.2
 
 def moeless(problem: Problem) -> Assignment:
     """Memory is cut evenly between layers; raise ProblemError where not every expert gets a replica."""
-    layers, experts, devices = problem.shape
-    replicas = int(problem.slots.sum()) // max(layers, 1)
-    if replicas < experts:
-        raise ProblemError(f"MoEless needs a replica of each of {experts} experts in every layer: {replicas} fit")
+    layers, _, devices = problem.shape
     load = problem.demand.high
-    count = _scale(load, replicas, devices)
-    free = problem.slots.copy()
-    chosen = [_place(problem, layer, load[layer] / count[layer], count[layer], free) for layer in range(layers)]
-    layer = np.concatenate([np.full(len(expert), layer) for layer, (expert, _) in enumerate(chosen)])
-    expert = np.concatenate([expert for expert, _ in chosen])
-    device = np.concatenate([device for _, device in chosen])
-    placed = np.bincount(layer * experts + expert, minlength=layers * experts)
-    return Assignment.of(problem, Copies.of(layer, expert, device, 1 / placed[layer * experts + expert]))
+    count = scale(load, int(problem.slots.sum()) // max(layers, 1), np.full(load.shape, devices))
+    return place(problem, count)
 
 
-def _scale(load: Floats, replicas: int, most: int) -> Ints:
-    """[L, E] replicas of each expert."""
+def scale(load: Floats, replicas: int, most: Ints) -> Ints:
+    """[L, E] replicas of each expert: at most `most` [L, E] of it and `replicas` of a layer."""
+    if replicas < load.shape[1]:
+        raise ProblemError(f"MoEless needs a replica of each of {load.shape[1]} experts in every layer: {replicas} fit")
     count = np.ones(load.shape, dtype=np.int64)
     rows = np.arange(len(load))
     for _ in range(replicas - load.shape[1]):
@@ -42,11 +35,24 @@ def _scale(load: Floats, replicas: int, most: int) -> Ints:
         mean = load.sum(axis=1) / total
         spread = np.sqrt((count * (each - mean[:, None]) ** 2).sum(axis=1) / total)
         hottest = np.argmax(np.where(count < most, each, -1.0), axis=1)
-        more = (spread > SPREAD * mean) & (count[rows, hottest] < most)
+        more = (spread > SPREAD * mean) & (count < most)[rows, hottest]
         if not more.any():
             break
         count[rows[more], hottest[more]] += 1
     return count
+
+
+def place(problem: Problem, count: Ints) -> Assignment:
+    """`count` [L, E] replicas of each expert on devices; what finds no place is left out."""
+    layers, experts, _ = problem.shape
+    each = problem.demand.high / np.maximum(count, 1)
+    free = problem.slots.copy()
+    chosen = [_place(problem, layer, each[layer], count[layer], free) for layer in range(layers)]
+    layer = np.concatenate([np.full(len(expert), layer) for layer, (expert, _) in enumerate(chosen)])
+    expert = np.concatenate([expert for expert, _ in chosen])
+    device = np.concatenate([device for _, device in chosen])
+    placed = np.bincount(layer * experts + expert, minlength=layers * experts)
+    return Assignment.of(problem, Copies.of(layer, expert, device, 1 / placed[layer * experts + expert]))
 
 
 def _place(problem: Problem, layer: int, each: Floats, count: Ints, free: Ints) -> tuple[Ints, Ints]:
