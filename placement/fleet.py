@@ -97,7 +97,8 @@ class Fleet:
         usual = _seconds(self.speed, rows)
         measured = [_measured(each) for each in self.replicas]
         relative = np.array([1.0 if speed is None else usual / _seconds(speed, rows) for speed in measured])
-        return np.clip(relative, 1 / _LIKE, _LIKE)
+        bounded: Floats = np.clip(relative, 1 / _LIKE, _LIKE)
+        return bounded
 
     def _resident(self, planned: Mapping[str, Sequence[Copy]]) -> Copies:
         copies: list[tuple[int, int, int, float]] = []

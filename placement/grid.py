@@ -56,10 +56,9 @@ class Grid:
 
     def chosen(self, layers: Collection[int] | None, experts: Collection[int] | None) -> Bools:
         """[L, E] the slices of some layers (by number) and experts; None: of all."""
-        row = np.array([layers is None or layer in layers for layer in self.layers], dtype=np.bool_)
-        column = np.array(
-            [experts is None or expert in experts for expert in range(self.unit.shape[1])], dtype=np.bool_
-        )
+        row = np.isin(self.layers, list(self.layers if layers is None else layers))
+        numbers = range(self.unit.shape[1])
+        column = np.isin(numbers, list(numbers if experts is None else experts))
         both: Bools = row[:, None] & column
         return both
 

@@ -85,7 +85,7 @@ class Round:
         return self._publish(load.now_s, counts, copies, reason, reasons)
 
     def _follow(self, now_s: float, wish: Wish, idle: Bools, *, hold: bool) -> Ints:
-        """[U] replicas from now on. Where nothing runs they stay (`hold`), until their unit has been `idle` [U] for long."""
+        """[U] replicas from now on. Where nothing runs they `hold`, until their unit has been `idle` [U] for long."""
         wanted = np.where(idle, wish.least, self._counts.now if hold else wish.units)
         return self._counts.follow(
             now_s,

@@ -77,7 +77,7 @@ class Wishes:
         return dataclasses.replace(given, min_copies=self._least, max_copies=most, least_gain_s=gain)
 
     def _replicas(self, scaled: Scale, slots: Ints, now: Ints) -> tuple[Ints, Floats]:
-        """[U] replicas that hold the copies: for the slice with most, for the unit's work in every layer, for memory."""
+        """[U] replicas for the slice with most copies, for the work in every layer and for memory; their relief."""
         grid = self._grid
         held = scaled.copies > 0
         busy = grid.by_layer(scaled.work * held)
