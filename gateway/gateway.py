@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import threading
 import time
@@ -214,7 +213,7 @@ class Gateway:
         fleet = self._exits.enter_context(Fleet(self._directory, secret, manifest.fingerprint, changed))
         dispatcher = Dispatcher(
             fleet, inline, manifest.num_experts, policy.experts.min_rows_per_replica, policy.gateway.call_deadline_s,
-            choice=InlineChoice(_speed(manifest)) if prefer else None,
+            choice=InlineChoice(Speed.of(manifest.slice_bytes, manifest.slice_numbers)) if prefer else None,
             may_inline=policy.gateway.inline != "never",
             times=self._times,
         )  # fmt: skip
@@ -261,11 +260,6 @@ def _settings(policy: GatewayPolicy) -> EngineSettings:
         max_waiting=policy.max_waiting,
         prefix_caching=policy.prefix_caching,
     )
-
-
-def _speed(manifest: Manifest) -> Speed:
-    numbers = sum(math.prod(shape) for shape in manifest.expert_params.values())
-    return Speed.of(numbers * getattr(torch, manifest.dtype).itemsize, numbers)
 
 
 def _device(name: str) -> str:

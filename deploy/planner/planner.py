@@ -1,4 +1,4 @@
-"""The planner: load stream in, forecast document out, and models that it trains on the way. Knows nothing of Serve."""
+"""The planner: load stream in, forecast and plan out, and models that it trains on the way. Knows nothing of Serve."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import redis
 from msgspec import structs
 
 from deploy.planner.loads import ExpectedLoad, Loads
+from deploy.planner.steering import ModelSlices, Steering
 from deploy.planner.training import Memory, Training
 from placement import forecast
 from placement.forecast import LayerForecast, LoadForecast
-from placement.policy import PredictorPolicy
+from placement.from_policy import round_settings
+from placement.policy import Policy
 from predictor import storage
 from predictor.model import LoadModel
 from predictor.retraining import RetrainPolicy, reason_to_train
@@ -39,23 +41,33 @@ class Planner:
 
     def __init__(
         self,
-        policy: PredictorPolicy,
+        policy: Policy,
+        model: ModelSlices,
         directory: Directory,
         models: Path,
         *,
+        cores: int | None = None,
         delay_s: float = 0.0,
         retrain: RetrainPolicy | None = None,
     ) -> None:
-        """`models` is the folder of trained predictors; `delay_s` passes before anything is done."""
-        self._policy = policy
+        """`models` is the folder of trained predictors; `delay_s` passes before anything is done.
+
+        `cores` are those of the hosts where replicas run (see `round_settings`).
+        """
+        self._policy = policy.predictor
+        self._interval_s = policy.planner.interval_s
         self._directory = directory
         self._models = models
         self._delay_s = delay_s
         self._retrain = retrain or RetrainPolicy()
         self._memory = Memory()
-        self._training = Training(models, policy.horizon_s)
+        self._training = Training(models, policy.predictor.horizon_s)
         self._why = ""
         self._loads: Loads | None = None
+        self._steering = None
+        if policy.planner.enabled:
+            settings = round_settings(policy, len(model.units), cores)
+            self._steering = Steering(directory, model, settings, policy.predictor.horizon_s)
         self._model: LoadModel | None = None
         self._version = 0
         self._steps_since = 0
@@ -77,6 +89,8 @@ class Planner:
         self._stop.set()
         self._thread.join()
         self._training.close()
+        if self._steering is not None:
+            self._steering.close()
 
     def _run(self) -> None:
         self._stop.wait(self._delay_s)
@@ -91,16 +105,20 @@ class Planner:
                 self._stop.wait(_AGAIN_S)
 
     def _follow(self) -> None:
-        due = time.monotonic()
+        due = plan_due = time.monotonic()
         while not self._stop.is_set():
             messages, self._place = load_stream.receive(self._directory, self._place, _LISTEN_S)
             for message in messages:
                 self._take(message)
-            if time.monotonic() >= due:
-                due = time.monotonic() + self._policy.interval_s
+            now = time.monotonic()
+            if now >= due:
+                due = now + self._policy.interval_s
                 self._train()
                 if self._loads is not None:
                     self._directory.publish(forecast.DOCUMENT, forecast.encode(self._forecast(self._loads)))
+            if self._steering is not None and (now >= plan_due or self._steering.due):
+                plan_due = now + self._interval_s
+                self._steering.steer(None if self._loads is None else self._loads.expected(now))
 
     def _take(self, message: LoadMessage) -> None:
         try:
@@ -144,6 +162,7 @@ class Planner:
             self._training.start(self._memory.recordings())
 
     def _forecast(self, loads: Loads) -> LoadForecast:
+        loads.keep([gateway.id for gateway in self._directory.gateways()], time.monotonic())
         each = [follower.forecast() for follower in loads.followers]
         return LoadForecast(
             made_at=time.time(),
@@ -153,7 +172,7 @@ class Planner:
             model=self._version,
             trained_steps=0 if self._model is None else self._model.trained_steps,
             training=f"under way: {self._why}" if self._why else self._idle(),
-            layers=_together(each[-1], loads.expected(time.monotonic())),
+            layers=_together(each[-1] if each else [], loads.expected(time.monotonic())),
         )
 
     def _idle(self) -> str:
