@@ -24,6 +24,7 @@ from experts.wire.channel import Call, CallRefusedError
 from gateway.assignment import Part, assign
 from gateway.fleet import DispatchTable, Fleet, Link
 from gateway.inline_choice import InlineChoice
+from gateway.layer_times import LayerTimes
 from gateway.step_times import StepTimes
 
 _WAIT_S = 0.2
@@ -57,6 +58,7 @@ class Dispatcher:
         """`choice` may keep rows here that replicas would compute; without `may_inline` none ever are."""
         self.calls: collections.Counter[tuple[int, int, str]] = collections.Counter()
         """(layer, expert, path) -> calls; path is ``replica``, ``inline``, ``retry`` or ``hedge``."""
+        self.layer_times = LayerTimes()
         self._fleet = fleet
         self._inline = inline
         self._experts = experts
@@ -74,7 +76,14 @@ class Dispatcher:
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Run ``hidden [T, H]`` through the experts ``top_k_index [T, K]`` and sum them by ``top_k_weights [T, K]``."""
-        self._times.start()
+        started = self._times.start()
+        summed = self._summed(layer, hidden, top_k_index, top_k_weights)
+        self.layer_times.observe(time.perf_counter() - started)
+        return summed
+
+    def _summed(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         if self._may_inline and not self._fleet.table.links:
             summed = self._mixture(layer, hidden, top_k_index, top_k_weights)
             if summed is not None:

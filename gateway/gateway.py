@@ -246,6 +246,8 @@ class Gateway:
             prefix_cache_hits=scheduler.prefix_hits,
             steps=self._times.steps,
             step_seconds=dict(self._times.seconds),
+            layer_counts=list(self._dispatcher.layer_times.counts),
+            layer_seconds=self._dispatcher.layer_times.seconds,
             compiled_layers=self._model.compiled,
             load_steps_dropped=0 if self._routing is None else self._routing.dropped,
         )

@@ -37,6 +37,27 @@ class ReplicaEntry(msgspec.Struct, frozen=True, kw_only=True):
     experts: list[int]
     layers: list[int]
     fingerprint: str
+    slices: list[tuple[int, int]] = []
+    """(layer, expert) that are resident and meant to be: rows of them are welcome."""
+    draining: bool = False
+    """Told to go: it answers what is under way and wants nothing more."""
+    device: str = "cpu"
+    """What computes, for people: ``cpu``, ``cuda:0``, ``emulated (2000 rows/s, 1.5 ms)``."""
+    memory_bytes: int = 0
+    """What its slices may take; 0: no bound."""
+    resident_bytes: int = 0
+    """What they take."""
+    read_s: float | None = None
+    """A slice's rows take ``max(read_s, row_s * rows)``, as its own calls have shown; None: too few of them yet."""
+    row_s: float | None = None
+    busy_s: float = 0.0
+    """Time its device spent on calls since the start, their number and that of their rows."""
+    calls: int = 0
+    rows: int = 0
+    misses: int = 0
+    """Segments of slices that were not resident: they were computed all the same."""
+    started_at: float = 0.0
+    """Seconds since the epoch."""
 
 
 class GatewayEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +69,15 @@ class GatewayEntry(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     addresses: list[str]
     fingerprint: str
+    inline_read_s: float | None = None
+    """A slice's rows that it computes itself take ``max(read_s, row_s * rows)``; None: none yet."""
+    inline_row_s: float | None = None
+    call_s: float | None = None
+    """What a layer's calls to replicas take beyond their computing; None: none yet."""
+    inline_rows: int = 0
+    """Rows it computed itself since the start."""
+    inline_bytes: int = 0
+    """Expert weights that it holds itself."""
 
 
 Entry = TypeVar("Entry", ReplicaEntry, GatewayEntry)
@@ -87,14 +117,14 @@ class Directory:
             raise redis.RedisError("the cluster secret vanished while it was read")
         return stored
 
-    def put(self, entry: ReplicaEntry | GatewayEntry) -> None:
-        """Write or renew the lease of `entry`; readers are told where it is new."""
+    def put(self, entry: ReplicaEntry | GatewayEntry, *, announce: bool = False) -> None:
+        """Write or renew the lease of `entry`; readers are told where it is new, or to be announced."""
         role = _role(type(entry))
         with self._redis.pipeline() as pipe:
             pipe.set(self._key(role, entry.id), msgspec.json.encode(entry), px=int(LEASE_S * 1000))
             pipe.sadd(self._key(role), entry.id)
             added = pipe.execute()[1]
-        if added:
+        if added or announce:
             self._announce()
 
     def remove(self, entry: ReplicaEntry | GatewayEntry) -> None:
