@@ -154,7 +154,7 @@ class Directory:
         key = self._key(document)
         with self._redis.pipeline() as pipe:
             try:
-                pipe.watch(key)
+                pipe.watch(key)  # type: ignore[no-untyped-call]
                 if pipe.get(key) != before:
                     return False
                 pipe.multi()

@@ -44,20 +44,24 @@ class PolicyReader:
     """
 
     def __init__(self, directory: Directory, changed: Callable[[Policy], None] = lambda policy: None) -> None:
-        self.policy: Policy | None = None
         self.version = 0
+        self._current: tuple[Policy, dict[str, Bounds]] | None = None
         self._directory = directory
         self._changed = changed
         self._document: bytes | None = None
-        self._bounds: dict[str, Bounds] = {}
         self._watcher = Watcher(directory, self._refresh)
         self._watcher.__enter__()
 
+    @property
+    def policy(self) -> Policy | None:
+        """The newest policy."""
+        return None if self._current is None else self._current[0]
+
     def bounds(self, unit: Unit) -> Bounds | None:
         """How few and how many replicas `unit` may have; None before there is a policy."""
-        policy, known = self.policy, self._bounds
-        if policy is None:
+        if self._current is None:
             return None
+        policy, known = self._current
         if unit.name not in known:
             known[unit.name] = unit_bounds(policy, unit)
         return known[unit.name]
@@ -83,7 +87,7 @@ class PolicyReader:
         except (msgspec.DecodeError, PolicyError) as error:
             log.warning("an unreadable policy is ignored, the last one stays: %s", error)
             return
-        self.policy, self._bounds = policy, {}
+        self._current = policy, {}
         self._changed(policy)
         self.version = published.version
 

@@ -13,6 +13,7 @@ from ray import serve
 
 from placement.policy import PredictorPolicy
 from recovery.directory import Directory
+from recovery.policies import PolicyReader
 
 _PRIORITY = 10
 _DELAY_S = 3.0
@@ -38,8 +39,9 @@ class PlannerReplica:
         try:
             from deploy.planner.planner import Planner
 
-            self._planner = Planner(self._policy, self._directory, self._models)
+            planner = self._planner = Planner(self._policy, self._directory, self._models)
             self._planner.start()
+            self._policies = PolicyReader(self._directory, lambda policy: planner.use(policy.predictor))
         except BaseException as failure:
             self._failure = failure
             raise
@@ -56,6 +58,8 @@ class PlannerReplica:
         if hasattr(self, "_starting"):
             self._stop.set()
             self._starting.join()
+        if hasattr(self, "_policies"):
+            self._policies.close()
         if hasattr(self, "_planner"):
             self._planner.close()
 

@@ -17,6 +17,7 @@ from placement import forecast
 from placement.forecast import LayerForecast, LoadForecast
 from placement.policy import PredictorPolicy
 from predictor import storage
+from predictor.horizon import Horizon
 from predictor.model import LoadModel
 from predictor.retraining import RetrainPolicy, reason_to_train
 from predictor.shape import ModelShape
@@ -47,7 +48,7 @@ class Planner:
         retrain: RetrainPolicy | None = None,
     ) -> None:
         """`models` is the folder of trained predictors; `delay_s` passes before anything is done."""
-        self._policy = policy
+        self._policy = self._next = policy
         self._directory = directory
         self._models = models
         self._delay_s = delay_s
@@ -71,6 +72,10 @@ class Planner:
     def start(self) -> None:
         """Begin."""
         self._thread.start()
+
+    def use(self, policy: PredictorPolicy) -> None:
+        """Go on as `policy` says; any thread may call it. Of `enabled` and `models` nothing changes."""
+        self._next = policy
 
     def close(self) -> None:
         """Stop, and end a training that runs."""
@@ -96,11 +101,21 @@ class Planner:
             messages, self._place = load_stream.receive(self._directory, self._place, _LISTEN_S)
             for message in messages:
                 self._take(message)
+            if self._next is not self._policy:
+                self._take_over(self._next)
+                due = min(due, time.monotonic() + self._policy.interval_s)
             if time.monotonic() >= due:
                 due = time.monotonic() + self._policy.interval_s
                 self._train()
                 if self._loads is not None:
                     self._directory.publish(forecast.DOCUMENT, forecast.encode(self._forecast(self._loads)))
+
+    def _take_over(self, policy: PredictorPolicy) -> None:
+        before, self._policy = self._policy, policy
+        if policy.horizon_s != before.horizon_s:
+            self._training.horizon_s = policy.horizon_s
+            if self._loads is not None:
+                self._loads.look(policy.horizon_s)
 
     def _take(self, message: LoadMessage) -> None:
         try:
@@ -136,7 +151,8 @@ class Planner:
                 self._loads.use(self._model)
             self._why = self._why if self._training.busy else ""
             return
-        has_model = self._model is not None
+        horizon = Horizon(seconds=self._policy.horizon_s)
+        has_model = self._model is not None and horizon in self._model.horizons
         why = reason_to_train(self._retrain, has_model=has_model, steps=self._steps_since, ratio=self._loads.drift)
         if why is not None:
             log.info("training: %s", why)

@@ -61,7 +61,7 @@ def _replica(policy: Policy) -> Iterator[str]:
 
 def _planning(policy: Policy) -> Iterator[str]:
     planner = policy.planner
-    if not planner.enabled or not policy.predictor.enabled:
+    if not policy.planned:
         key = "planner" if not planner.enabled else "predictor"
         yield f"planning: none ({key}.enabled is false): experts.replicas stays"
         return
