@@ -113,7 +113,7 @@ class ApiReplica:
         }
 
     def _socket(self) -> str | None:
-        """Where the directory's Redis is, if only processes of this host reach it: other addresses may hold a password."""
+        """Where the directory's Redis is, if only this host reaches it: other addresses may hold a password."""
         return self._directory.url if self._directory.url.startswith("unix:") else None
 
     def _policy(self) -> dict[str, Any] | None:

@@ -38,8 +38,8 @@ def refusals(document: dict[str, Any]) -> list[str]:
         ({"planner": {"memory_mib": 1}}, "planner.memory_mib: 1 MiB hold no slice of tiny"),
         (
             {"planner": {"memory_mib": 47}, "experts": {"min_replicas": 1}},
-            "planner.memory_mib: 47 MiB are less than the copies that every slice keeps by min_replicas take (24 of 2 MiB, "
-            "48 MiB): raise it, or lower min_replicas",
+            "planner.memory_mib: 47 MiB are less than the copies that every slice keeps by min_replicas take "
+            "(24 of 2 MiB, 48 MiB): raise it, or lower min_replicas",
         ),
         ({"planner": {"memory_mib": 5}, "overrides": [{"layers": [2], "pin": True}]}, "planner.memory_mib: 5 MiB"),
         ({"experts": {"resources": {"cpu": 9}}}, "experts.resources.cpu: 9 for a replica, and no node has more than 8"),
@@ -74,5 +74,5 @@ def test_what_can_be_is_not(document: dict[str, Any]) -> None:
 
 def test_a_gateway_on_cuda_needs_a_gpu() -> None:
     policy = Policy.model_validate({"gateway": {"device": "cuda:0"}})
-    with pytest.raises(PolicyError, match="gateway.device: cuda:0, and no node has a GPU"):
+    with pytest.raises(PolicyError, match="cuda:0, and no node has a GPU"):
         check_fit(policy, "p.yaml", nodes=NODES[:1])

@@ -26,8 +26,8 @@ def test_it_says_units_slices_and_memory() -> None:
     assert said[:3] == [
         "tiny: 4 MoE layers x 8 experts are 32 slices of 1 MiB in 2 units of up to 16 slices",
         "replicas of a unit: 2 to start with, then at least 0-1 and at most 8",
-        "memory: a replica holds up to 8 MiB of weights of its 16 MiB; all together 32 MiB to start with, 128 MiB at most, "
-        "within a budget of 48 MiB",
+        "memory: a replica holds up to 8 MiB of weights of its 16 MiB; all together 32 MiB to start with, "
+        "128 MiB at most, within a budget of 48 MiB",
     ]
     assert "a replica computes with 1 thread and reserves 0.5 GPUs" in said
     assert "warm pool: 2 workers, about 400 MiB" in said
