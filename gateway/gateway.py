@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import threading
 import time
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import redis
 import torch
 
@@ -24,9 +24,10 @@ from gateway import compilation
 from gateway.compilation import Compilation
 from gateway.dispatch import Dispatcher
 from gateway.engine import Engine, EngineSettings
-from gateway.fleet import DispatchTable, Fleet
+from gateway.fleet import Fleet
 from gateway.grammar import Grammars
 from gateway.inline_choice import InlineChoice
+from gateway.inline_experts import KEEP_S, InlineExperts
 from gateway.link.server import GatewayServer
 from gateway.load_feed import LoadFeed
 from gateway.look_ahead import Gates
@@ -119,7 +120,7 @@ class Gateway:
             )
         )
         self._exits.push_async_callback(self._finish_sequences)
-        self._exits.enter_context(Lease(self._directory, self._entry()))
+        self._exits.enter_context(Lease(self._directory, self._entry(), self._figures))
         starting = asyncio.create_task(self._start_experts(), name="start-experts")
         self._exits.callback(starting.cancel)
         self._exits.callback(self._dispatcher.stop_waiting)
@@ -156,8 +157,8 @@ class Gateway:
 
     def _load_experts(self) -> None:
         """Before they are asked for: packing an expert takes as long as reading it."""
-        for expert in range(self._store.manifest.num_experts):
-            self._inline.load(expert)
+        for layer, expert in self._store.slices:
+            self._inline.load(layer, expert)
 
     def _prepare(self) -> None:
         """First thing in the engine's thread: what belongs to a thread, and compiled layers of an earlier start."""
@@ -202,19 +203,17 @@ class Gateway:
             await asyncio.sleep(_FINISH_POLL_S)
 
     def _connect(self, secret: bytes) -> Dispatcher:
-        """The dispatcher with the fleet it uses; an expert's inline copy is unmapped once replicas cover it."""
+        """The dispatcher with the fleet it uses, and what the gateway computes itself."""
         manifest, policy = self._store.manifest, self._policy
         prefer = policy.gateway.inline == "prefer"
-        inline = self._inline = ExpertFFN(self._store, _device(policy.gateway.device) if prefer else "cpu", fast=prefer)
-
-        def changed(table: DispatchTable) -> None:
-            if not prefer:
-                _release(inline, table, manifest)
-
-        fleet = self._exits.enter_context(Fleet(self._directory, secret, manifest.fingerprint, changed))
+        ffn = ExpertFFN(self._store, _device(policy.gateway.device) if prefer else "cpu", fast=prefer)
+        self._inline = InlineExperts(ffn, keep_s=None if prefer else KEEP_S)
+        self._costs = InlineChoice(_speed(manifest), prefer=prefer)
+        self._fleet = self._exits.enter_context(Fleet(self._directory, secret, manifest.fingerprint))
         dispatcher = Dispatcher(
-            fleet, inline, manifest.num_experts, policy.experts.min_rows_per_replica, policy.gateway.call_deadline_s,
-            choice=InlineChoice(_speed(manifest)) if prefer else None,
+            self._fleet, self._inline, manifest.num_experts, policy.experts.min_rows_per_replica,
+            policy.gateway.call_deadline_s,
+            choice=self._costs,
             may_inline=policy.gateway.inline != "never",
             times=self._times,
         )  # fmt: skip
@@ -229,6 +228,20 @@ class Gateway:
             host=host_id(),
             addresses=self._server.addresses,
             fingerprint=self._store.manifest.fingerprint,
+        )
+
+    def _figures(self, entry: GatewayEntry) -> GatewayEntry:
+        """What was learned and counted since; also a moment to tidy up, once a second and beside the engine."""
+        self._inline.tidy()
+        self._costs.replicas = self._fleet.speed() or self._costs.replicas
+        inline, call = self._costs.inline.speed, self._costs.call
+        return msgspec.structs.replace(
+            entry,
+            inline_read_s=None if inline is None else inline.read_s,
+            inline_row_s=None if inline is None else inline.row_s,
+            call_s=call.seconds if call.seen else None,
+            inline_rows=self._inline.rows,
+            inline_bytes=self._inline.resident_bytes,
         )
 
     def _status(self, query_id: int) -> GatewayStatus:
@@ -262,20 +275,14 @@ def _settings(policy: GatewayPolicy) -> EngineSettings:
 
 
 def _speed(manifest: Manifest) -> Speed:
-    numbers = sum(math.prod(shape) for shape in manifest.expert_params.values())
-    return Speed.of(numbers * getattr(torch, manifest.dtype).itemsize, numbers)
+    numbers, size = slice_size(manifest)
+    return Speed.of(size, numbers)
 
 
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
-
-
-def _release(inline: ExpertFFN, table: DispatchTable, manifest: Manifest) -> None:
-    for expert in inline.loaded:
-        if all(table.copies(layer, expert) for layer in manifest.moe_layers):
-            inline.unload(expert)
 
 
 def _by_unit(units: list[Unit], calls: dict[tuple[int, int, str], int]) -> dict[str, dict[str, int]]:

@@ -45,6 +45,28 @@ class ResourcePolicy(_Section):
     """Fraction of a GPU."""
 
 
+class DevicePolicy(_Section):
+    """What computes a replica's rows."""
+
+    kind: Literal["real", "emulated"] = "real"
+    """`emulated` answers with the real result, but only after the time that a device of these speeds would take."""
+    rows_per_s: float | None = Field(default=None, gt=0)
+    """Rows of one expert in a second, where computing takes longer than reading the weights."""
+    weight_read_ms: float | None = Field(default=None, ge=0)
+    """Time to read an expert's weights of one layer, ms."""
+    call_ms: float = Field(default=0.0, ge=0)
+    """Time that every call takes beyond that, ms."""
+
+    @model_validator(mode="after")
+    def _both_speeds(self) -> DevicePolicy:
+        speeds = (self.rows_per_s, self.weight_read_ms)
+        if self.kind == "emulated" and None in speeds:
+            raise ValueError("an emulated device needs rows_per_s and weight_read_ms")
+        if self.kind == "real" and (speeds != (None, None) or self.call_ms):
+            raise ValueError("rows_per_s, weight_read_ms and call_ms are an emulated device's: add kind: emulated")
+        return self
+
+
 class ExpertPolicy(_Section):
     """Expert deployments."""
 
@@ -54,6 +76,7 @@ class ExpertPolicy(_Section):
     max_replicas: int = Field(default=8, ge=1)
     """Most replicas of one unit."""
     resources: ResourcePolicy = ResourcePolicy()
+    device: DevicePolicy = DevicePolicy()
     threads: int = Field(default=1, ge=1)
     """Torch threads of one replica."""
     min_rows_per_replica: int = Field(default=32, ge=1)
