@@ -6,7 +6,6 @@ Knows nothing of Serve.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 import time
@@ -19,7 +18,6 @@ import torch
 from experts import kernels
 from experts.device import make_device
 from experts.ffn import ExpertFFN
-from experts.manifest import Manifest
 from experts.residency import Residency, wanted
 from experts.store import ExpertStore
 from experts.wire.frame import Segment
@@ -54,11 +52,8 @@ class Replica:
         node: str,
         node_ip: str,
         compiled: Path | None = None,
-        memory_bytes: int = 0,
     ) -> None:
-        """`compiled` is the folder of this host where compiled kernels are, or will be. `memory_bytes` bounds what
-        the slices take; 0: no bound.
-        """
+        """`compiled` is the folder of this host where compiled kernels are, or will be."""
         self._unit = unit
         self._slices = [(layer, expert) for expert in unit.experts for layer in unit.layers]
         self._mine = frozenset(self._slices)
@@ -66,8 +61,9 @@ class Replica:
         opened = ExpertStore.open(store)
         device = "cuda" if policy.resources.gpu else "cpu"
         self._device = make_device(policy.device, device)
-        numbers, slice_bytes = slice_size(opened.manifest)
-        self._fit = SpeedFit(Speed.of(slice_bytes, numbers))
+        manifest = opened.manifest
+        memory_bytes = int((policy.memory_mib or 0) * (1 << 20))
+        self._fit = SpeedFit(Speed.of(manifest.slice_bytes, manifest.slice_numbers))
         self._lock = threading.Lock()
         self._busy_s, self._calls, self._rows, self._misses = 0.0, 0, 0, 0
         self._exits = contextlib.ExitStack()
@@ -76,13 +72,12 @@ class Replica:
         self._ffn = ExpertFFN(opened, device=device, fast=True)
         directory.wait(START_S)
         self._plans = LatestPlan(directory)
-        self._residency = Residency(self._ffn, slice_bytes, memory_bytes, self._announce)
+        self._residency = Residency(self._ffn, manifest.slice_bytes, memory_bytes, self._announce)
         self._lease: Lease[ReplicaEntry] | None = None
         self._follow()
         self._exits.enter_context(self._residency)
-        fingerprint = opened.manifest.fingerprint
         self._server = self._exits.enter_context(
-            ExpertServer(self.compute, directory.secret(), fingerprint, node_ip, policy.threads)
+            ExpertServer(self.compute, directory.secret(), manifest.fingerprint, node_ip, policy.threads)
         )
         entry = ReplicaEntry(
             id=name,
@@ -93,7 +88,7 @@ class Replica:
             addresses=self._server.addresses,
             experts=list(unit.experts),
             layers=list(unit.layers),
-            fingerprint=fingerprint,
+            fingerprint=manifest.fingerprint,
             slices=self._residency.slices,
             device=self._device.name,
             memory_bytes=memory_bytes,
@@ -155,9 +150,3 @@ class Replica:
                 rows=self._rows,
                 misses=self._misses,
             )
-
-
-def slice_size(manifest: Manifest) -> tuple[int, int]:
-    """Numbers that a slice consists of, and its bytes."""
-    numbers = sum(math.prod(shape) for shape in manifest.expert_params.values())
-    return numbers, numbers * getattr(torch, manifest.dtype).itemsize

@@ -23,6 +23,7 @@ from gateway.assignment import Holders, Part, assign
 from gateway.fleet import Fleet
 from gateway.inline_choice import InlineChoice
 from gateway.inline_experts import Inline
+from gateway.layer_times import LayerTimes
 from gateway.step_times import StepTimes
 from gateway.table import DispatchTable, Link
 
@@ -59,6 +60,7 @@ class Dispatcher:
         """
         self.calls: collections.Counter[tuple[int, int, str]] = collections.Counter()
         """(layer, expert, path) -> calls; path is ``replica``, ``inline``, ``retry`` or ``hedge``."""
+        self.layer_times = LayerTimes()
         self._fleet = fleet
         self._inline = inline
         self._experts = experts
@@ -76,7 +78,14 @@ class Dispatcher:
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Run ``hidden [T, H]`` through the experts ``top_k_index [T, K]`` and sum them by ``top_k_weights [T, K]``."""
-        self._times.start()
+        started = self._times.start()
+        summed = self._summed(layer, hidden, top_k_index, top_k_weights)
+        self.layer_times.observe(time.perf_counter() - started)
+        return summed
+
+    def _summed(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         if self._may_inline and not self._fleet.table.links:
             summed = self._mixture(layer, hidden, top_k_index, top_k_weights)
             if summed is not None:

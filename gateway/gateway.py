@@ -18,7 +18,7 @@ import torch
 from experts import kernels
 from experts.families import moe_modules
 from experts.ffn import ExpertFFN
-from experts.store import ExpertStore, Manifest
+from experts.store import ExpertStore
 from experts.wire.sockets import host_id
 from gateway import compilation
 from gateway.compilation import Compilation
@@ -208,7 +208,7 @@ class Gateway:
         prefer = policy.gateway.inline == "prefer"
         ffn = ExpertFFN(self._store, _device(policy.gateway.device) if prefer else "cpu", fast=prefer)
         self._inline = InlineExperts(ffn, keep_s=None if prefer else KEEP_S)
-        self._costs = InlineChoice(_speed(manifest), prefer=prefer)
+        self._costs = InlineChoice(Speed.of(manifest.slice_bytes, manifest.slice_numbers), prefer=prefer)
         self._fleet = self._exits.enter_context(Fleet(self._directory, secret, manifest.fingerprint))
         dispatcher = Dispatcher(
             self._fleet, self._inline, manifest.num_experts, policy.experts.min_rows_per_replica,
@@ -259,6 +259,8 @@ class Gateway:
             prefix_cache_hits=scheduler.prefix_hits,
             steps=self._times.steps,
             step_seconds=dict(self._times.seconds),
+            layer_counts=list(self._dispatcher.layer_times.counts),
+            layer_seconds=self._dispatcher.layer_times.seconds,
             compiled_layers=self._model.compiled,
             load_steps_dropped=0 if self._routing is None else self._routing.dropped,
         )
@@ -272,11 +274,6 @@ def _settings(policy: GatewayPolicy) -> EngineSettings:
         max_waiting=policy.max_waiting,
         prefix_caching=policy.prefix_caching,
     )
-
-
-def _speed(manifest: Manifest) -> Speed:
-    numbers, size = slice_size(manifest)
-    return Speed.of(size, numbers)
 
 
 def _device(name: str) -> str:

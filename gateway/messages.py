@@ -166,6 +166,10 @@ class GatewayStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Steps of the engine since its start."""
     step_seconds: dict[str, float] = {}
     """What they spent by phase (see `gateway.step_times`)."""
+    layer_counts: list[int] = []
+    """MoE layers by how long they took (see `gateway.layer_times`), all layers together ..."""
+    layer_seconds: float = 0.0
+    """... and the sum."""
     compiled_layers: int = 0
     """Decoder layers that run compiled."""
     load_steps_dropped: int = 0

@@ -68,8 +68,8 @@ class Lease(_Background, Generic[E]):
     def __init__(self, directory: Directory, entry: E, figures: Callable[[E], E] | None = None) -> None:
         super().__init__("lease")
         self._directory = directory
-        self._entry = entry
-        self._figures = figures or (lambda entry: entry)
+        self._entry: E = entry
+        self._figures: Callable[[E], E] = figures or (lambda entry: entry)
         self._changing = threading.Lock()
         self._wake = threading.Event()
 

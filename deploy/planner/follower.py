@@ -44,6 +44,8 @@ class Follower:
         self._open: deque[_Open] = deque()
         self._time_s = 0.0
         self._forecast_at = -1
+        self.latest: Forecast | None = None
+        """What was last expected: arrays of one moment."""
         self._last: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None = None
         self._errors = np.full(len(shape.layers), np.nan)
         self.use(model)
@@ -81,7 +83,7 @@ class Follower:
 
     def forecast(self) -> list[LayerForecast]:
         """What is expected now, layer by layer; it is judged later, unless nothing has come since the one before."""
-        forecast = self._forecaster.forecast(self._horizon)
+        forecast = self.latest = self._forecaster.forecast(self._horizon)
         if self.steps and self.steps != self._forecast_at:
             counts = np.zeros((len(self.shape.layers), self.shape.experts), np.int64)
             self._open.append(_Open(forecast, self._time_s + self._horizon.seconds, counts))
