@@ -78,7 +78,7 @@ def level(rows: Sequence[int], holders: Sequence[Sequence[int]], paces: Sequence
             shared.append(i)
     shared.sort(key=lambda i: -rows[i])
     top = float("inf")
-    for sweep in range(_SWEEPS if len(shared) > 1 else 1):
+    for sweep in range(min(_SWEEPS, len(shared))):
         for i in shared:
             if sweep:
                 _give(holders[i], found[i], paces, busy, -1)
