@@ -16,6 +16,9 @@ from placement.policy import ExpertPolicy
 from placement.unit import Unit
 from recovery.directory import Directory
 
+_MOST_REPLICAS = 1000
+"""Serve's own bound, which can't change while it runs; the policy's can."""
+
 
 class ExpertReplica:
     """Serve makes one for each replica. Rows arrive on its own sockets; Serve only starts, watches and ends it."""
@@ -67,20 +70,30 @@ def expert_deployment(
     scaling = {
         "min_replicas": 0,
         "initial_replicas": 0,
-        "max_replicas": policy.max_replicas,
+        "max_replicas": _MOST_REPLICAS,
         "upscale_delay_s": 0,
         "downscale_delay_s": 0,
         "downscale_to_zero_delay_s": 0,
         "policy": {
             "policy_function": "experts.autoscaling:PlannedReplicas",
-            "policy_kwargs": {"redis_url": redis_url, "namespace": namespace, "unit": unit.name},
+            "policy_kwargs": {
+                "redis_url": redis_url,
+                "namespace": namespace,
+                "unit": unit.name,
+                "experts": list(unit.experts),
+                "layers": list(unit.layers),
+            },
         },
     }
     deployment = serve.deployment(
         ExpertReplica,
         name=unit.name,
         autoscaling_config=scaling,
-        ray_actor_options={"num_cpus": policy.resources.cpu, "num_gpus": policy.resources.gpu},
+        ray_actor_options={
+            "num_cpus": policy.resources.cpu,
+            "num_gpus": policy.resources.gpu,
+            "resources": dict(policy.resources.custom),
+        },
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=5.0,
     )

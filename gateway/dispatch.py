@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import itertools
 import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +71,7 @@ class Dispatcher:
         self._may_inline = may_inline
         self._times = times or StepTimes()
         self._stopped = False
+        self._next: Callable[[], None] | None = None
         self._arena: Arena | None = None
         self._seq = itertools.count(1)
         self._turns: collections.Counter[int] = collections.Counter()
@@ -78,6 +80,7 @@ class Dispatcher:
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Run ``hidden [T, H]`` through the experts ``top_k_index [T, K]`` and sum them by ``top_k_weights [T, K]``."""
+        self._take_over()
         started = self._times.start()
         summed = self._summed(layer, hidden, top_k_index, top_k_weights)
         self.layer_times.observe(time.perf_counter() - started)
@@ -94,6 +97,22 @@ class Dispatcher:
         summed = combine(rows, place, top_k_weights).to(hidden.device)
         self._times.end("combine")
         return summed
+
+    def use(
+        self, inline: Inline, min_rows: int, deadline_s: float, *, choice: InlineChoice | None, may_inline: bool
+    ) -> None:
+        """Go on with other settings from the next layer on; any thread may call it."""
+
+        def change() -> None:
+            self._inline, self._min_rows, self._deadline_s = inline, min_rows, deadline_s
+            self._choice, self._may_inline = choice, may_inline
+
+        self._next = change
+
+    def _take_over(self) -> None:
+        if self._next is not None:
+            change, self._next = self._next, None
+            change()
 
     def _mixture(
         self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -138,6 +157,7 @@ class Dispatcher:
         remote, inline = assign(counts, lambda e: _usable(table, layer, e, avoid), self._min_rows, self._turns[layer])
         if inline and not self._may_inline:
             self._wait_for_replicas(layer, inline)
+            self._take_over()
             return self._assign(layer, counts, frozenset())
         return remote, inline
 

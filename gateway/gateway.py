@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 
 from experts import kernels
 from experts.families import moe_modules
-from experts.ffn import ExpertFFN
 from experts.store import ExpertStore
 from experts.wire.sockets import host_id
 from gateway import compilation
@@ -26,8 +24,7 @@ from gateway.dispatch import Dispatcher
 from gateway.engine import Engine, EngineSettings
 from gateway.fleet import Fleet
 from gateway.grammar import Grammars
-from gateway.inline_choice import InlineChoice
-from gateway.inline_experts import KEEP_S, InlineExperts
+from gateway.inline_mode import InlineMode
 from gateway.link.server import GatewayServer
 from gateway.load_feed import LoadFeed
 from gateway.look_ahead import Gates
@@ -38,13 +35,15 @@ from gateway.routing_log import RoutingLog
 from gateway.routing_packer import RoutingPacker
 from gateway.step_times import StepTimes
 from placement import plan
-from placement.cost import Speed
 from placement.plan import Plan
 from placement.policy import GatewayPolicy, Policy
+from placement.policy.bounds import unit_bounds
+from placement.policy.fitting import ModelFacts
 from placement.unit import Unit, make_units
 from predictor.shape import ModelShape
 from recovery.directory import START_S, Directory, GatewayEntry
 from recovery.lease import Lease
+from recovery.policies import PolicyReader, start_policy
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +108,7 @@ class Gateway:
         self._engine = Engine(
             model, _settings(self._policy.gateway), grammars=grammars, times=self._times, routing=self._routing
         )
+        self._policies = self._follow_policy()
         self._server = await self._exits.enter_async_context(
             GatewayServer(
                 self._engine,
@@ -124,10 +124,8 @@ class Gateway:
         starting = asyncio.create_task(self._start_experts(), name="start-experts")
         self._exits.callback(starting.cancel)
         self._exits.callback(self._dispatcher.stop_waiting)
-        if self._policy.gateway.inline == "prefer":
-            loading = threading.Thread(target=self._load_experts, name="load-experts", daemon=True)
-            loading.start()
-            self._exits.push_async_callback(asyncio.to_thread, loading.join)
+        self._inline.load()
+        self._exits.push_async_callback(asyncio.to_thread, self._inline.close)
         if self._routing is not None:
             feeding = asyncio.create_task(self._feed_load(self._routing), name="feed-load")
             self._exits.callback(feeding.cancel)
@@ -155,11 +153,6 @@ class Gateway:
             record=None if self._record is None else str(self._record),
         )
 
-    def _load_experts(self) -> None:
-        """Before they are asked for: packing an expert takes as long as reading it."""
-        for layer, expert in self._store.slices:
-            self._inline.load(layer, expert)
-
     def _prepare(self) -> None:
         """First thing in the engine's thread: what belongs to a thread, and compiled layers of an earlier start."""
         self._model.threads = self._policy.gateway.threads or os.cpu_count() or 1
@@ -181,8 +174,7 @@ class Gateway:
 
     async def _start_experts(self) -> None:
         """Publish the first plan, not at once: starting replicas would take the cores from the first request."""
-        start = {unit.name: self._policy.experts.replicas for unit in self._units}
-        first = Plan(epoch=1, replicas=start, reason="experts.replicas of the policy")
+        first = self._unplanned(epoch=1)
         while True:
             await asyncio.sleep(_HEAD_START_S)
             try:
@@ -202,19 +194,43 @@ class Gateway:
         while self._engine.has_work and time.monotonic() < deadline:
             await asyncio.sleep(_FINISH_POLL_S)
 
+    def _follow_policy(self) -> PolicyReader:
+        """From now on do what an operator applies; what was applied before this gateway started comes first."""
+        manifest = self._store.manifest
+        model = ModelFacts(
+            name=self._store.path.name, experts=manifest.num_experts, layers=manifest.moe_layers,
+            slice_bytes=manifest.slice_bytes,
+        )  # fmt: skip
+        start_policy(self._directory, self._policy, model, keep=True)
+        return self._exits.enter_context(PolicyReader(self._directory, self._use))
+
+    def _use(self, policy: Policy) -> None:
+        """Take over what can change without a restart; in the reader's thread."""
+        before, self._policy = self._policy, policy
+        self._engine.scheduler.hold(policy.gateway.max_waiting)
+        self._inline.use(policy, self._dispatcher)
+        if before.experts.replicas != policy.experts.replicas and not policy.planned:
+            document = self._directory.read(plan.DOCUMENT)
+            if document is not None:
+                changed = self._unplanned(epoch=plan.decode(document).epoch + 1)
+                self._directory.publish(plan.DOCUMENT, plan.encode(changed))
+
+    def _unplanned(self, epoch: int) -> Plan:
+        """The plan before, or without, a planner."""
+        count = self._policy.experts.replicas
+        replicas = {unit.name: unit_bounds(self._policy, unit).clamp(count) for unit in self._units}
+        return Plan(epoch=epoch, replicas=replicas, reason="experts.replicas of the policy")
+
     def _connect(self, secret: bytes) -> Dispatcher:
         """The dispatcher with the fleet it uses, and what the gateway computes itself."""
         manifest, policy = self._store.manifest, self._policy
-        prefer = policy.gateway.inline == "prefer"
-        ffn = ExpertFFN(self._store, _device(policy.gateway.device) if prefer else "cpu", fast=prefer)
-        self._inline = InlineExperts(ffn, keep_s=None if prefer else KEEP_S)
-        self._costs = InlineChoice(Speed.of(manifest.slice_bytes, manifest.slice_numbers), prefer=prefer)
+        inline = self._inline = InlineMode(self._store, policy, _device(policy.gateway.device))
         self._fleet = self._exits.enter_context(Fleet(self._directory, secret, manifest.fingerprint))
         dispatcher = Dispatcher(
-            self._fleet, self._inline, manifest.num_experts, policy.experts.min_rows_per_replica,
+            self._fleet, inline.experts, manifest.num_experts, policy.experts.min_rows_per_replica,
             policy.gateway.call_deadline_s,
-            choice=self._costs,
-            may_inline=policy.gateway.inline != "never",
+            choice=inline.costs,
+            may_inline=inline.may_compute,
             times=self._times,
         )  # fmt: skip
         self._exits.callback(dispatcher.close)
@@ -232,16 +248,17 @@ class Gateway:
 
     def _figures(self, entry: GatewayEntry) -> GatewayEntry:
         """What was learned and counted since; also a moment to tidy up, once a second and beside the engine."""
-        self._inline.tidy()
-        self._costs.replicas = self._fleet.speed() or self._costs.replicas
-        inline, call = self._costs.inline.speed, self._costs.call
+        costs, experts = self._inline.costs, self._inline.experts
+        experts.tidy()
+        costs.replicas = self._fleet.speed() or costs.replicas
+        inline, call = costs.inline.speed, costs.call
         return msgspec.structs.replace(
             entry,
             inline_read_s=None if inline is None else inline.read_s,
             inline_row_s=None if inline is None else inline.row_s,
             call_s=call.seconds if call.seen else None,
-            inline_rows=self._inline.rows,
-            inline_bytes=self._inline.resident_bytes,
+            inline_rows=experts.rows,
+            inline_bytes=experts.resident_bytes,
         )
 
     def _status(self, query_id: int) -> GatewayStatus:
@@ -262,6 +279,7 @@ class Gateway:
             layer_counts=list(self._dispatcher.layer_times.counts),
             layer_seconds=self._dispatcher.layer_times.seconds,
             compiled_layers=self._model.compiled,
+            policy_version=self._policies.version,
             load_steps_dropped=0 if self._routing is None else self._routing.dropped,
         )
 

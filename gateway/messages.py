@@ -170,6 +170,8 @@ class GatewayStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """MoE layers by how long they took (see `gateway.layer_times`), all layers together ..."""
     layer_seconds: float = 0.0
     """... and the sum."""
+    policy_version: int = 0
+    """Of the policy it goes by (see `placement.policy.published`)."""
     compiled_layers: int = 0
     """Decoder layers that run compiled."""
     load_steps_dropped: int = 0

@@ -149,6 +149,22 @@ class Directory:
         if self._redis.set(self._key(document), value, nx=only_first):
             self._announce()
 
+    def exchange(self, document: str, before: bytes | None, value: bytes) -> bool:
+        """Store a named document where it is still as it was read `before`; whether it was."""
+        key = self._key(document)
+        with self._redis.pipeline() as pipe:
+            try:
+                pipe.watch(key)  # type: ignore[no-untyped-call]
+                if pipe.get(key) != before:
+                    return False
+                pipe.multi()
+                pipe.set(key, value)
+                pipe.execute()
+            except redis.WatchError:
+                return False
+        self._announce()
+        return True
+
     def read(self, document: str) -> bytes | None:
         """The named document; None where there is none."""
         value = self._redis.get(self._key(document))

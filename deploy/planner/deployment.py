@@ -15,6 +15,7 @@ from ray import serve
 from deploy.planner.steering import ModelSlices
 from placement.policy import Policy
 from recovery.directory import Directory
+from recovery.policies import PolicyReader
 
 _PRIORITY = 10
 _DELAY_S = 3.0
@@ -42,8 +43,9 @@ class PlannerReplica:
             from deploy.planner.planner import Planner
 
             cores = int(ray.cluster_resources().get("CPU", 1))
-            self._planner = Planner(self._policy, self._model, self._directory, self._models, cores=cores)
+            planner = self._planner = Planner(self._policy, self._model, self._directory, self._models, cores=cores)
             self._planner.start()
+            self._policies = PolicyReader(self._directory, planner.use)
         except BaseException as failure:
             self._failure = failure
             raise
@@ -60,6 +62,8 @@ class PlannerReplica:
         if hasattr(self, "_starting"):
             self._stop.set()
             self._starting.join()
+        if hasattr(self, "_policies"):
+            self._policies.close()
         if hasattr(self, "_planner"):
             self._planner.close()
 

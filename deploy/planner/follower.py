@@ -71,6 +71,14 @@ class Follower:
         promised = [choice.errors[choice.method] for choice in self._choices()]
         self._drift = DriftWatch(float(np.mean(promised)) if promised else np.inf)
 
+    def look(self, horizon_s: float) -> None:
+        """Forecast so far ahead from now on; forecasts of the other horizon are not judged any more."""
+        self._horizon = Horizon(seconds=horizon_s)
+        self._open.clear()
+        self.latest = self._last = None
+        self._errors[:] = np.nan
+        self.use(self._forecaster.model)
+
     def observe(self, step: LoadStep) -> None:
         """Add a step, and judge the forecasts whose horizons it ends."""
         while self._open and self._open[0].until_s < step.time_s:

@@ -79,6 +79,12 @@ class Loads:
         for follower in self.followers:
             follower.use(model)
 
+    def look(self, horizon_s: float) -> None:
+        """Forecast so far ahead from now on."""
+        self._horizon_s = horizon_s
+        for follower in self.followers:
+            follower.look(horizon_s)
+
     def observe(self, gateway: str, steps: Sequence[LoadStep], now_s: float) -> None:
         """Add steps of a gateway that are heard of now."""
         heard = self._gateways.pop(gateway, None) or _Heard(Follower(self.shape, self._horizon_s, self._model))

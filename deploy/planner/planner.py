@@ -11,6 +11,7 @@ import numpy as np
 import redis
 from msgspec import structs
 
+from deploy.planner.foresight import Foresight
 from deploy.planner.loads import ExpectedLoad, Loads
 from deploy.planner.steering import ModelSlices, Steering
 from deploy.planner.training import Memory, Training
@@ -19,7 +20,9 @@ from placement.forecast import LayerForecast, LoadForecast
 from placement.from_policy import round_settings
 from placement.policy import Policy
 from predictor import storage
+from predictor.horizon import Horizon
 from predictor.model import LoadModel
+from predictor.records import read_records
 from predictor.retraining import RetrainPolicy, reason_to_train
 from predictor.shape import ModelShape
 from predictor.storage import PredictorError
@@ -54,8 +57,8 @@ class Planner:
 
         `cores` are those of the hosts where replicas run (see `round_settings`).
         """
-        self._policy = policy.predictor
-        self._interval_s = policy.planner.interval_s
+        self._policy = self._next = policy
+        self._cores = cores
         self._directory = directory
         self._models = models
         self._delay_s = delay_s
@@ -64,10 +67,12 @@ class Planner:
         self._training = Training(models, policy.predictor.horizon_s)
         self._why = ""
         self._loads: Loads | None = None
-        self._steering = None
-        if policy.planner.enabled:
-            settings = round_settings(policy, len(model.units), cores)
-            self._steering = Steering(directory, model, settings, policy.predictor.horizon_s)
+        self._traffic_since: float | None = None
+        self._foresight: Foresight | None = None
+        self._foresee(policy)
+        self._units = len(model.units)
+        settings = round_settings(policy, self._units, cores)
+        self._steering = Steering(directory, model, settings, policy.predictor.horizon_s)
         self._model: LoadModel | None = None
         self._version = 0
         self._steps_since = 0
@@ -84,13 +89,16 @@ class Planner:
         """Begin."""
         self._thread.start()
 
+    def use(self, policy: Policy) -> None:
+        """Go on as `policy` says; any thread may call it. Of `enabled` and `models` nothing changes."""
+        self._next = policy
+
     def close(self) -> None:
         """Stop, and end a training that runs."""
         self._stop.set()
         self._thread.join()
         self._training.close()
-        if self._steering is not None:
-            self._steering.close()
+        self._steering.close()
 
     def _run(self) -> None:
         self._stop.wait(self._delay_s)
@@ -110,15 +118,44 @@ class Planner:
             messages, self._place = load_stream.receive(self._directory, self._place, _LISTEN_S)
             for message in messages:
                 self._take(message)
+            if self._next is not self._policy:
+                self._take_over(self._next)
+                due = plan_due = 0.0
             now = time.monotonic()
             if now >= due:
-                due = now + self._policy.interval_s
+                due = now + self._policy.predictor.interval_s
                 self._train()
                 if self._loads is not None:
                     self._directory.publish(forecast.DOCUMENT, forecast.encode(self._forecast(self._loads)))
-            if self._steering is not None and (now >= plan_due or self._steering.due):
-                plan_due = now + self._interval_s
-                self._steering.steer(None if self._loads is None else self._loads.expected(now))
+            if self._policy.planner.enabled and (now >= plan_due or self._steering.due):
+                plan_due = now + self._policy.planner.interval_s
+                self._steering.steer(self._expected(now))
+
+    def _expected(self, now: float) -> ExpectedLoad | None:
+        if self._foresight is not None:
+            return None if self._traffic_since is None else self._foresight.expected(now - self._traffic_since)
+        return None if self._loads is None else self._loads.expected(now)
+
+    def _foresee(self, policy: Policy) -> None:
+        """Read the record that the policy names, if it does; its first row is the next one that comes."""
+        self._foresight, self._traffic_since = None, None
+        file = policy.planner.foresight
+        if file is not None:
+            try:
+                self._foresight = Foresight(read_records(file), policy.predictor.horizon_s)
+            except ValueError as error:
+                log.warning("nothing is foreseen, forecasts are used: %s", error)
+
+    def _take_over(self, policy: Policy) -> None:
+        before, self._policy = self._policy, policy
+        if policy.planner.foresight is not None or self._foresight is not None:
+            self._foresee(policy)
+        horizon_s = policy.predictor.horizon_s
+        self._steering.use(round_settings(policy, self._units, self._cores), horizon_s)
+        if horizon_s != before.predictor.horizon_s:
+            self._training.horizon_s = horizon_s
+            if self._loads is not None:
+                self._loads.look(horizon_s)
 
     def _take(self, message: LoadMessage) -> None:
         try:
@@ -129,8 +166,11 @@ class Planner:
         if self._loads is None or self._loads.shape != records.shape:
             self._memory = Memory()
             self._load(records.shape)
-            self._loads = Loads(records.shape, self._policy.horizon_s, self._model, time.monotonic())
-        self._loads.observe(message.gateway, steps, time.monotonic())
+            self._loads = Loads(records.shape, self._policy.predictor.horizon_s, self._model, time.monotonic())
+        now = time.monotonic()
+        self._loads.observe(message.gateway, steps, now)
+        if steps and self._traffic_since is None:
+            self._traffic_since = now - (steps[-1].time_s - steps[0].time_s)
         self._memory.add(message.gateway, records)
         self._steps_since += len(steps)
 
@@ -146,7 +186,7 @@ class Planner:
 
     def _train(self) -> None:
         """Begin to train where there is reason to; take over what was trained."""
-        if self._loads is None or not self._policy.train:
+        if self._loads is None or not self._policy.predictor.train:
             return
         if self._training.busy:
             if self._training.ended():
@@ -154,7 +194,8 @@ class Planner:
                 self._loads.use(self._model)
             self._why = self._why if self._training.busy else ""
             return
-        has_model = self._model is not None
+        horizon = Horizon(seconds=self._policy.predictor.horizon_s)
+        has_model = self._model is not None and horizon in self._model.horizons
         why = reason_to_train(self._retrain, has_model=has_model, steps=self._steps_since, ratio=self._loads.drift)
         if why is not None:
             log.info("training: %s", why)
@@ -166,7 +207,7 @@ class Planner:
         each = [follower.forecast() for follower in loads.followers]
         return LoadForecast(
             made_at=time.time(),
-            horizon_s=self._policy.horizon_s,
+            horizon_s=self._policy.predictor.horizon_s,
             gateways=loads.gateways,
             steps=loads.steps,
             model=self._version,
@@ -176,7 +217,7 @@ class Planner:
         )
 
     def _idle(self) -> str:
-        if not self._policy.train:
+        if not self._policy.predictor.train:
             return "off (predictor.train)"
         if self._model is None:
             return f"begins after {self._retrain.first_after} steps"

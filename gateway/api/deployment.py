@@ -23,6 +23,7 @@ from gateway.link.pool import GatewayPool
 from gateway.messages import GatewayStatus
 from placement import forecast, plan
 from recovery.directory import START_S, Directory, GatewayEntry
+from recovery.policies import read_policy
 
 STOP_S = 10.0
 """What a replica has to end after its last request."""
@@ -83,6 +84,8 @@ class ApiReplica:
         entries = {entry.id: entry for entry in self._directory.gateways()}
         return {
             "model": self._config.model_name,
+            "directory": {"namespace": self._directory.namespace, "socket": self._socket()},
+            "policy": self._policy(),
             "forecast": self._forecast(),
             "gateways": [
                 {
@@ -108,6 +111,15 @@ class ApiReplica:
                 for unit in _ordered({unit for answer in answers for unit in answer.expert_calls} | planned.keys())
             ],
         }
+
+    def _socket(self) -> str | None:
+        """Where the directory's Redis is, if only this host reaches it: other addresses may hold a password."""
+        return self._directory.url if self._directory.url.startswith("unix:") else None
+
+    def _policy(self) -> dict[str, Any] | None:
+        """Which policy the service should go by."""
+        published = read_policy(self._directory)
+        return None if published is None else {"version": published.version, "made_at": published.made_at}
 
     def _forecast(self) -> dict[str, Any] | None:
         """What the planner expects; None where there is none."""

@@ -26,6 +26,16 @@ class Policy(Section):
     overrides: tuple[Override, ...] = ()
     """Other bounds for single experts or layers."""
 
+    @property
+    def planned(self) -> bool:
+        """Whether plans follow the load; else the first one stays."""
+        return self.planner.enabled and self.predictor.enabled
+
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether it can't do without one."""
+        return self.experts.resources.gpu > 0 or self.gateway.device.startswith("cuda")
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """An override with one bound keeps its order with the other bound of `experts`."""
         for number, override in enumerate(self.overrides):
