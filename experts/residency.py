@@ -74,8 +74,8 @@ class Residency:
 
     def __enter__(self) -> Residency:
         """What is wanted already is loaded when this returns."""
-        self._round()
         self._following = False
+        self._round()
         self._thread.start()
         return self
 
