@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,15 @@ from ray import serve
 from deploy.fit import check_policy, cluster_nodes
 from deploy.models import DEFAULT_MODEL, cache_dir, ensure_store, model_facts
 from deploy.planner.deployment import planner_deployment
+from deploy.planner.steering import ModelSlices
 from experts.deployment import expert_deployment
 from gateway.api.deployment import api_deployment
 from gateway.api.keys import load_keys
 from gateway.api.served_model import ApiConfig
 from gateway.deployment import gateway_deployment
+from placement.cost import Speed
 from placement.policy import Policy, load_policy
-from placement.unit import make_units
+from placement.unit import Unit, make_units
 from recovery.deployment import redis_deployment
 from recovery.directory import Directory
 from recovery.policies import start_policy
@@ -105,9 +108,21 @@ def assemble(
     gateway = gateway_deployment(path, policy, redis_url, namespace, compiled, record)
     if policy.predictor.enabled:
         models = cache_dir() / "predictors" / fingerprint[:16]
-        more = (*more, planner_deployment(policy.predictor, redis_url, namespace, str(models)))
+        model = _slices(store, units)
+        more = (*more, planner_deployment(policy, model, redis_url, namespace, str(models)))
     config = ApiConfig(store=store.path, model_name=name, policy=policy.api, keys=keys)
     return api_deployment(config, fingerprint, redis_url, namespace, listen, [gateway, *experts, *more])
+
+
+def _slices(store: "ExpertStore", units: Sequence[Unit]) -> ModelSlices:
+    manifest = store.manifest
+    return ModelSlices(
+        units=tuple(units),
+        layers=tuple(manifest.moe_layers),
+        experts=manifest.num_experts,
+        slice_bytes=manifest.slice_bytes,
+        speed=Speed.of(manifest.slice_bytes, manifest.slice_numbers),
+    )
 
 
 def namespace_of(store: "ExpertStore", policy: Policy, name: str) -> str:

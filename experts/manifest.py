@@ -67,9 +67,14 @@ class Manifest:
     files: Mapping[str, FileEntry]
 
     @property
+    def slice_numbers(self) -> int:
+        """Weights of one slice."""
+        return sum(math.prod(shape) for shape in self.expert_params.values())
+
+    @property
     def slice_bytes(self) -> int:
-        """Of the weights of one expert in one layer."""
-        return sum(math.prod(shape) for shape in self.expert_params.values()) * _ITEM_BYTES[self.dtype]
+        """Bytes of one slice's weights."""
+        return self.slice_numbers * _ITEM_BYTES[self.dtype]
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import threading
 
-import torch
-
 from experts.ffn import ExpertFFN
-from experts.store import ExpertStore, Manifest
+from experts.store import ExpertStore
 from gateway.dispatch import Dispatcher
 from gateway.fleet import DispatchTable
 from gateway.inline_choice import InlineChoice
@@ -66,14 +63,10 @@ class InlineExperts:
     def _make(self, policy: Policy) -> ExpertFFN:
         self._mode = policy.gateway.inline
         fast = self._mode == "prefer"
-        self.choice = InlineChoice(_speed(self._store.manifest)) if fast else None
+        manifest = self._store.manifest
+        self.choice = InlineChoice(Speed.of(manifest.slice_bytes, manifest.slice_numbers)) if fast else None
         return ExpertFFN(self._store, self._device if fast else "cpu", fast=fast)
 
     def _load(self, ffn: ExpertFFN) -> None:
         for expert in range(self._store.manifest.num_experts):
             ffn.load(expert)
-
-
-def _speed(manifest: Manifest) -> Speed:
-    numbers = sum(math.prod(shape) for shape in manifest.expert_params.values())
-    return Speed.of(numbers * getattr(torch, manifest.dtype).itemsize, numbers)

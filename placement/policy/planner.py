@@ -37,6 +37,9 @@ class PlannerPolicy(Section):
     method: Literal["evermoe", "static", "eplb", "eplb-hierarchical", "moeless", "oracle"] = "evermoe"
     """`evermoe`, or a method to compare it with: `static` (every expert as often as any other), `eplb` and
     `eplb-hierarchical` (DeepSeek's), `moeless` (as published), `oracle` (is told the load to come: benchmarks only)."""
+    foresight: Path | None = None
+    """For the method `oracle`: a routing record (`evermoe serve --record`) of the same traffic, whose loads are taken
+    for forecasts; its first row counts as the first one that comes."""
     interval_s: float = Field(default=1.0, ge=0.1, le=3600)
     """Seconds between two plans."""
     memory_mib: float | None = Field(default=None, gt=0)
@@ -62,6 +65,8 @@ class PlannerPolicy(Section):
     """Worker processes kept started with torch loaded, so that a new replica is there sooner; about 200 MiB each."""
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Forecasts have two quantiles."""
+        """Forecasts have two quantiles, and only an oracle has foresight."""
+        if (self.method == "oracle") != (self.foresight is not None):
+            yield "foresight", "the method oracle, and no other, needs a routing record: give the path of one"
         if self.quantile not in QUANTILES:
             yield "quantile", f"{self.quantile:g} is not forecast: give 0.5 or 0.9"
