@@ -98,7 +98,7 @@ def assemble(
     Redis that runs already is told of the policy. Raise KeySourceError for an API key that is not there.
     """
     keys = load_keys(policy.api.keys)
-    namespace = _namespace(store, policy, name)
+    namespace = namespace_of(store, policy, name)
     if redis_runs:  # what was applied to an earlier service is over
         start_policy(Directory(redis_url, namespace), policy, model_facts(store.manifest, name), keep=False)
     path, fingerprint = str(store.path), store.manifest.fingerprint
@@ -125,7 +125,7 @@ def _slices(store: "ExpertStore", units: Sequence[Unit]) -> ModelSlices:
     )
 
 
-def _namespace(store: "ExpertStore", policy: Policy, name: str) -> str:
+def namespace_of(store: "ExpertStore", policy: Policy, name: str) -> str:
     """Tells applications on one Redis apart; the same application deployed again finds its place again."""
     identity = f"{store.manifest.fingerprint} {policy.model_dump_json()} {name}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -105,12 +105,12 @@ def _refuse_restarts(file: Path, found: list[Change]) -> None:
     if kept:
         raise PolicyError(
             *(f"{file}: {each.key}: {text(each.old)} -> {text(each.new)} needs a restart" for each in kept),
-            f"{file}: nothing was applied: start the service anew with it, or leave {_these(kept)} as it runs",
+            f"{file}: nothing was applied: start the service anew with it, or leave {_these(kept)}",
         )
 
 
 def _these(kept: list[Change]) -> str:
-    return "this key" if len(kept) == 1 else "these keys"
+    return "this key as it is" if len(kept) == 1 else "these keys as they are"
 
 
 def _publish(running: Running, policy: Policy) -> int:

@@ -27,15 +27,21 @@ def fetch_status(url: str) -> dict[str, Any]:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:
             report = json.load(answer)
     except urllib.error.HTTPError as error:
-        raise StatusError(
-            f"{address} answered {error.code} {error.reason}: is an Evermoe service listening there?"
-        ) from error
+        raise StatusError(f"{address} answered {error.code} {error.reason}: {_said(error)}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise StatusError(
             f"{address} does not answer ({reason}): start it with `evermoe serve`, or give --url"
         ) from error
     return dict(report)
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """What the service itself says of it."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, LookupError, TypeError, OSError):
+        return "is an Evermoe service listening there?"
 
 
 def warm_up(report: dict[str, Any]) -> str:

@@ -5,13 +5,12 @@ Whoever assembles the application imports this; torch is imported only where a r
 
 from __future__ import annotations
 
-import os
-import threading
 from pathlib import Path
 
 import ray
 from ray import serve
 
+from experts.preload import import_gently
 from placement.policy import ExpertPolicy
 from placement.unit import Unit
 from recovery.directory import Directory
@@ -26,7 +25,7 @@ class ExpertReplica:
     def __init__(
         self, unit: Unit, store: str, policy: ExpertPolicy, redis_url: str, namespace: str, compiled: str | None
     ) -> None:
-        _import_gently()
+        import_gently()
         from experts.replica import Replica
 
         self._replica = Replica(
@@ -49,18 +48,6 @@ class ExpertReplica:
         """Serve's way to end a replica."""
         if hasattr(self, "_replica"):
             self._replica.close()
-
-
-def _import_gently() -> None:
-    """Import torch in a thread of low priority: replicas that start leave the cores to processes that serve."""
-
-    def work() -> None:
-        os.nice(10)  # on Linux it is the thread's own
-        import experts.replica  # noqa: F401
-
-    thread = threading.Thread(target=work, name="import")
-    thread.start()
-    thread.join()
 
 
 def expert_deployment(

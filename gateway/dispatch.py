@@ -25,6 +25,7 @@ from gateway.fleet import Fleet
 from gateway.inline_choice import InlineChoice
 from gateway.inline_experts import Inline
 from gateway.layer_times import LayerTimes
+from gateway.levelling import assign_levelled
 from gateway.step_times import StepTimes
 from gateway.table import DispatchTable, Link
 
@@ -154,12 +155,19 @@ class Dispatcher:
     ) -> tuple[list[tuple[Link, list[Part]]], list[Part]]:
         table = self._fleet.table
         self._turns[layer] += 1
-        remote, inline = assign(counts, lambda e: _usable(table, layer, e, avoid), self._min_rows, self._turns[layer])
+        remote, inline = self._shared(table, counts, lambda e: _usable(table, layer, e, avoid), self._turns[layer])
         if inline and not self._may_inline:
             self._wait_for_replicas(layer, inline)
             self._take_over()
             return self._assign(layer, counts, frozenset())
         return remote, inline
+
+    def _shared(
+        self, table: DispatchTable, counts: list[int], holders: Callable[[int], Holders[Link]], turn: int
+    ) -> tuple[list[tuple[Link, list[Part]]], list[Part]]:
+        if table.levelled:
+            return assign_levelled(counts, holders, lambda link: link.pace(self._min_rows), turn)
+        return assign(counts, holders, self._min_rows, turn)
 
     def _wait_for_replicas(self, layer: int, parts: list[Part]) -> None:
         """Return when replicas came or went; raise NoReplicaError when this gateway ends."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 from experts.wire.channel import Channel
 from gateway.assignment import Holders
+from gateway.levelling import Pace
 from placement.plan import Copy, Plan
 from recovery.directory import ReplicaEntry
 
@@ -26,6 +27,13 @@ class Link:
     """As the directory said last."""
     channel: Channel
     latency: float | None = None
+
+    def pace(self, min_rows: int) -> Pace:
+        """As measured; before that a slice's weights are read in the time of `min_rows` rows."""
+        entry = self.entry
+        if entry.read_s is None or not entry.row_s:
+            return Pace(float(min_rows), 1.0)
+        return Pace(entry.read_s, entry.row_s)
 
     def observe(self, seconds: float) -> None:
         """Take one call's duration into the running mean."""
@@ -47,6 +55,8 @@ class DispatchTable:
     slices: Mapping[Slice, Holders[Link]]
     epoch: int = 0
     """That of the plan it follows; 0: none."""
+    levelled: bool = False
+    """Whether steps are levelled (see `Plan.levelled`), and any slice has a choice of links."""
 
     @classmethod
     def of(cls, links: Mapping[str, Link], plan: Plan | None = None) -> DispatchTable:
@@ -58,7 +68,9 @@ class DispatchTable:
         epoch = 0 if plan is None else plan.epoch
         if plan is None or plan.copies is None:
             return cls(dict(links), {slice_: Holders.evenly(held) for slice_, held in resident.items()}, epoch)
-        return cls(dict(links), _planned(resident, plan.copies), epoch)
+        slices = _planned(resident, plan.copies)
+        choice = any(len(holders.replicas) > 1 for holders in slices.values())
+        return cls(dict(links), slices, epoch, plan.levelled and choice)
 
     def holders(self, layer: int, expert: int) -> Holders[Link]:
         """The links that get rows of a slice; none: it runs inline."""

@@ -37,7 +37,7 @@ def round_settings(policy: Policy, units: int, cores: int | None = None) -> Roun
             max_moved_bytes=_bytes(planner.max_moves_mib),
         ),
         replicas=experts.replicas,
-        min_replicas=experts.min_replicas,
+        min_replicas=max(experts.min_replicas, int(policy.gateway.inline == "never")),
         max_replicas=most,
         overrides=tuple(_bounds(each) for each in policy.overrides),
         replica_bytes=_bytes(experts.memory_mib),
