@@ -22,7 +22,7 @@ from gateway.api.served_model import ApiConfig
 from gateway.link.pool import GatewayPool
 from gateway.messages import GatewayStatus
 from placement import forecast, plan
-from recovery.directory import START_S, Directory, GatewayEntry
+from recovery.directory import START_S, Directory, GatewayEntry, ReplicaEntry
 from recovery.policies import read_policy
 
 STOP_S = 10.0
@@ -100,12 +100,8 @@ class ApiReplica:
                 {
                     "unit": unit,
                     "planned": planned.get(unit),
-                    "ready": sum(replica.unit == unit for replica in replicas),
-                    "replicas": [
-                        {"id": r.id, "pid": r.pid, "node": r.node, "experts": r.experts, "layers": r.layers}
-                        for r in replicas
-                        if r.unit == unit
-                    ],
+                    "ready": sum(replica.unit == unit and not replica.draining for replica in replicas),
+                    "replicas": [_told(replica) for replica in replicas if replica.unit == unit],
                     "calls": _sum([answer.expert_calls.get(unit, {}) for answer in answers]),
                 }
                 for unit in _ordered({unit for answer in answers for unit in answer.expert_calls} | planned.keys())
@@ -153,6 +149,12 @@ def api_deployment(
     )
     config = replace(config, request_ids=listen is not None)  # the proxy answers with its own
     return deployment.bind(config, fingerprint, redis_url, namespace, listen, nodes)
+
+
+def _told(replica: ReplicaEntry) -> dict[str, Any]:
+    """A replica's entry, without how it is reached."""
+    entry: dict[str, Any] = msgspec.to_builtins(replica)
+    return {name: value for name, value in entry.items() if name not in ("unit", "host", "addresses", "fingerprint")}
 
 
 def _sum(counts: list[dict[str, int]]) -> dict[str, int]:
