@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import redis
 import torch
 
@@ -23,7 +24,7 @@ from gateway.dispatch import Dispatcher
 from gateway.engine import Engine, EngineSettings
 from gateway.fleet import Fleet
 from gateway.grammar import Grammars
-from gateway.inline_experts import InlineExperts
+from gateway.inline_mode import InlineMode
 from gateway.link.server import GatewayServer
 from gateway.load_feed import LoadFeed
 from gateway.look_ahead import Gates
@@ -119,7 +120,7 @@ class Gateway:
             )
         )
         self._exits.push_async_callback(self._finish_sequences)
-        self._exits.enter_context(Lease(self._directory, self._entry()))
+        self._exits.enter_context(Lease(self._directory, self._entry(), self._figures))
         starting = asyncio.create_task(self._start_experts(), name="start-experts")
         self._exits.callback(starting.cancel)
         self._exits.callback(self._dispatcher.stop_waiting)
@@ -221,14 +222,14 @@ class Gateway:
         return Plan(epoch=epoch, replicas=replicas, reason="experts.replicas of the policy")
 
     def _connect(self, secret: bytes) -> Dispatcher:
-        """The dispatcher with the fleet it uses; an expert's inline copy is unmapped once replicas cover it."""
+        """The dispatcher with the fleet it uses, and what the gateway computes itself."""
         manifest, policy = self._store.manifest, self._policy
-        inline = self._inline = InlineExperts(self._store, policy, _device(policy.gateway.device))
-        fleet = self._exits.enter_context(Fleet(self._directory, secret, manifest.fingerprint, inline.release))
+        inline = self._inline = InlineMode(self._store, policy, _device(policy.gateway.device))
+        self._fleet = self._exits.enter_context(Fleet(self._directory, secret, manifest.fingerprint))
         dispatcher = Dispatcher(
-            fleet, inline.ffn, manifest.num_experts, policy.experts.min_rows_per_replica,
+            self._fleet, inline.experts, manifest.num_experts, policy.experts.min_rows_per_replica,
             policy.gateway.call_deadline_s,
-            choice=inline.choice,
+            choice=inline.costs,
             may_inline=inline.may_compute,
             times=self._times,
         )  # fmt: skip
@@ -243,6 +244,21 @@ class Gateway:
             host=host_id(),
             addresses=self._server.addresses,
             fingerprint=self._store.manifest.fingerprint,
+        )
+
+    def _figures(self, entry: GatewayEntry) -> GatewayEntry:
+        """What was learned and counted since; also a moment to tidy up, once a second and beside the engine."""
+        costs, experts = self._inline.costs, self._inline.experts
+        experts.tidy()
+        costs.replicas = self._fleet.speed() or costs.replicas
+        inline, call = costs.inline.speed, costs.call
+        return msgspec.structs.replace(
+            entry,
+            inline_read_s=None if inline is None else inline.read_s,
+            inline_row_s=None if inline is None else inline.row_s,
+            call_s=call.seconds if call.seen else None,
+            inline_rows=experts.rows,
+            inline_bytes=experts.resident_bytes,
         )
 
     def _status(self, query_id: int) -> GatewayStatus:

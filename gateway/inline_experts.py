@@ -1,72 +1,88 @@
-"""What the gateway computes itself, and when: the policy's `gateway.inline`, which may change while it runs."""
+"""The experts that a gateway computes itself: how many rows, how much memory, and what is let go again."""
 
 from __future__ import annotations
 
-import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
 
 from experts.ffn import ExpertFFN
-from experts.store import ExpertStore
-from gateway.dispatch import Dispatcher
-from gateway.fleet import DispatchTable
-from gateway.inline_choice import InlineChoice
-from placement.cost import Speed
-from placement.policy import Policy
+
+KEEP_S = 10.0
+
+
+class Inline(Protocol):
+    """What dispatch asks of it; see `experts.ffn.ExpertFFN`."""
+
+    def compute(  # noqa: D102
+        self, layer: int, segments: Sequence[tuple[int, int]], rows: torch.Tensor, out: torch.Tensor
+    ) -> None: ...
+
+    def mixture(  # noqa: D102
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor | None: ...
 
 
 class InlineExperts:
-    """The gateway's own experts, mapped as they are, or, with `prefer`, as fast as can be on its `device`."""
+    """An `ExpertFFN` whose slices are released when they were not needed for a while.
 
-    def __init__(self, store: ExpertStore, policy: Policy, device: str) -> None:
-        self._store = store
-        self._device = device
-        self._mode = ""
-        self._loading: threading.Thread | None = None
-        self.choice: InlineChoice | None = None
-        """What decides, with `prefer`."""
-        self.ffn = self._make(policy)
+    The engine's thread computes; any other may load, `tidy` and read the figures.
+    """
+
+    def __init__(
+        self, ffn: ExpertFFN, *, keep_s: float | None = KEEP_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`keep_s`: a slice is kept for so long after its last row; None keeps all."""
+        self.rows = 0
+        """Rows computed since the start."""
+        self._ffn = ffn
+        self._keep_s = keep_s
+        self._clock = clock
+        self._used: dict[tuple[int, int], float] = {}
+        self._whole_used: dict[int, float] = {}
 
     @property
-    def may_compute(self) -> bool:
-        """Whether the gateway computes experts at all."""
-        return self._mode != "never"
+    def resident_bytes(self) -> int:
+        """Memory of the weights that are held now."""
+        return self._ffn.resident_bytes
 
-    def use(self, policy: Policy, dispatcher: Dispatcher) -> None:
-        """Let `dispatcher` go on as `policy` says, from the next layer on."""
-        if policy.gateway.inline != self._mode:
-            self.ffn = self._make(policy)
-            self.load()
-        dispatcher.use(
-            self.ffn, policy.experts.min_rows_per_replica, policy.gateway.call_deadline_s,
-            choice=self.choice, may_inline=self.may_compute,
-        )  # fmt: skip
+    def load(self, layer: int, expert: int) -> None:
+        """Load a slice before it is asked for."""
+        self._ffn.load(layer, expert)
 
-    def load(self) -> None:
-        """With `prefer`, load all in a thread before they are asked for: packing an expert takes as long as reading."""
-        self.close()
-        if self.choice is not None:
-            self._loading = threading.Thread(target=self._load, args=(self.ffn,), name="load-experts", daemon=True)
-            self._loading.start()
+    def compute(self, layer: int, segments: Sequence[tuple[int, int]], rows: torch.Tensor, out: torch.Tensor) -> None:
+        """See `ExpertFFN.compute`."""
+        now = self._clock()
+        for expert, _ in segments:
+            self._used[layer, expert] = now
+        self.rows += len(rows)
+        self._ffn.compute(layer, segments, rows, out)
 
-    def release(self, table: DispatchTable) -> None:
-        """Unmap the experts that replicas serve everywhere, unless they are preferred here."""
-        if self.choice is not None:
+    def mixture(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """See `ExpertFFN.mixture`."""
+        summed = self._ffn.mixture(layer, hidden, index, weights)
+        if summed is not None:
+            self.rows += index.numel()
+            self._whole_used[layer] = self._clock()  # it takes all experts of the layer together
+        return summed
+
+    def tidy(self) -> None:
+        """Release what has not been needed lately."""
+        if self._keep_s is None:
             return
-        for expert in self.ffn.loaded:
-            if all(table.copies(layer, expert) for layer in self._store.manifest.moe_layers):
-                self.ffn.unload(expert)
-
-    def close(self) -> None:
-        """Wait for what is being loaded."""
-        if self._loading is not None:
-            self._loading.join()
-
-    def _make(self, policy: Policy) -> ExpertFFN:
-        self._mode = policy.gateway.inline
-        fast = self._mode == "prefer"
-        manifest = self._store.manifest
-        self.choice = InlineChoice(Speed.of(manifest.slice_bytes, manifest.slice_numbers)) if fast else None
-        return ExpertFFN(self._store, self._device if fast else "cpu", fast=fast)
-
-    def _load(self, ffn: ExpertFFN) -> None:
-        for expert in range(self._store.manifest.num_experts):
-            ffn.load(expert)
+        now = self._clock()
+        loaded = self._ffn.loaded
+        for slice_ in loaded:
+            self._used.setdefault(slice_, now)
+        idle = [
+            (layer, expert)
+            for layer, expert in loaded
+            if now - max(self._used[layer, expert], self._whole_used.get(layer, 0.0)) > self._keep_s
+        ]
+        self._ffn.unload(idle)
+        for slice_ in idle:
+            self._used.pop(slice_, None)

@@ -9,8 +9,13 @@ to be worth another reading of the weights is not split off.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+from gateway.assignment import Holders, Part
+
+R = TypeVar("R")
 
 _SWEEPS = 6
 _WORTH = 0.99
@@ -22,6 +27,39 @@ class Pace(NamedTuple):
 
     read_s: float
     row_s: float
+
+
+def assign_levelled(
+    counts: Sequence[int], holders: Callable[[int], Holders[R]], pace: Callable[[R], Pace], turn: int
+) -> tuple[list[tuple[R, list[Part]]], list[Part]]:
+    """As `gateway.assignment.assign`, but sharing by what ends soonest; `turn` decides between replicas alike."""
+    starts = [0, *itertools.accumulate(counts)]
+    held = {expert: holders(expert).replicas for expert, count in enumerate(counts) if count}
+    inline = [Part(expert, starts[expert], counts[expert]) for expert, replicas in held.items() if not replicas]
+    held = {expert: replicas for expert, replicas in held.items() if replicas}
+    places: dict[R, int] = {}
+    for replicas in held.values():
+        for replica in replicas:
+            places.setdefault(replica, len(places))
+    turned = {expert: _turned(replicas, turn + expert) for expert, replicas in held.items()}
+    found = level(
+        [counts[expert] for expert in turned],
+        [[places[replica] for replica in replicas] for replicas in turned.values()],
+        [pace(replica) for replica in places],
+    )
+    remote: dict[R, list[Part]] = {}
+    for (expert, replicas), shares in zip(turned.items(), found, strict=True):
+        start = starts[expert]
+        for replica, count in zip(replicas, shares, strict=True):
+            if count:
+                remote.setdefault(replica, []).append(Part(expert, start, count))
+                start += count
+    return list(remote.items()), inline
+
+
+def _turned(replicas: tuple[R, ...], by: int) -> tuple[R, ...]:
+    by %= len(replicas)
+    return replicas[by:] + replicas[:by]
 
 
 def level(rows: Sequence[int], holders: Sequence[Sequence[int]], paces: Sequence[Pace]) -> list[list[int]]:
@@ -40,7 +78,7 @@ def level(rows: Sequence[int], holders: Sequence[Sequence[int]], paces: Sequence
             shared.append(i)
     shared.sort(key=lambda i: -rows[i])
     top = float("inf")
-    for sweep in range(_SWEEPS if len(shared) > 1 else 1):
+    for sweep in range(min(_SWEEPS, len(shared))):
         for i in shared:
             if sweep:
                 _give(holders[i], found[i], paces, busy, -1)

@@ -203,29 +203,29 @@ class Repair:
         return _Relief(row[first], column[first], np.where(whole, part, poured)[first], whole[first])
 
     def _affordable(self, relief: _Relief, busy: _Busy, target: Target) -> _Relief:
-        """Reliefs that fit in the free memory and the moves left; one of each slice, and one at the cost of each."""
+        """Reliefs that fit in the free memory and the moves left; none touches a slice that another one touches."""
         table, experts = self._table, self._table.experts + 1
         layer = busy.layer[relief.row]
         device, of, victim = target.device[relief.row], target.of[relief.row], target.victim[relief.row]
         fits = np.where(victim >= 0, 1, table.free[device]) > rank_among(device)
-        fits &= rank_among(layer * experts + table.expert[layer, relief.column]) == 0
+        helped = layer * experts + table.expert[layer, relief.column]
+        fits &= rank_among(helped) == 0
         given_up = np.where(victim >= 0, of * experts + table.expert[of, victim], -1 - np.arange(len(of)))
-        fits &= rank_among(given_up) == 0
+        fits &= (rank_among(given_up) == 0) & ~np.isin(given_up, helped)
         more = fits & ~relief.whole & (victim < 0)
         fits &= ~more | (np.cumsum(more) <= self._limits.room - table.total)
         chosen = np.flatnonzero(fits)[: self._left()]
         return _Relief(relief.row[chosen], relief.column[chosen], relief.seconds[chosen], relief.whole[chosen])
 
     def _apply(self, relief: _Relief, busy: _Busy, target: Target) -> None:
-        """Make room where it must be made, then move and split what is still as it was found."""
+        """Make room where it must be made, then move and split."""
         table, row, column = self._table, relief.row, relief.column
         victim = row[target.victim[row] >= 0]
         if len(victim):
             self._evict(target, victim, busy.device[victim])
         layer, to = busy.layer[row], target.device[row]
         expert = table.expert[layer, column]
-        same = (table.device[layer, column] == busy.device[row]) & ~table.held[layer, expert, to] & (table.free[to] > 0)
-        moved, split = same & relief.whole, same & ~relief.whole
+        moved, split = relief.whole, ~relief.whole
         table.move(layer[moved], column[moved], to[moved])
         seconds = np.minimum(relief.seconds, table.part[layer, column])[split]
         table.part[layer[split], column[split]] -= seconds

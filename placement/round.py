@@ -115,7 +115,15 @@ class Round:
         asked = {unit.name: int(count) for unit, count in zip(self._grid.units, counts, strict=True)}
         if last is None or last.replicas != asked or not _alike(last.copies, copies):
             epoch = last.epoch + 1 if last else 1
-            last = Plan(epoch=epoch, replicas=asked, copies=copies, reason=reason, reasons=reasons, made_at=now_s)
+            last = Plan(
+                epoch=epoch,
+                replicas=asked,
+                copies=copies,
+                levelled=self._settings.elastic,
+                reason=reason,
+                reasons=reasons,
+                made_at=now_s,
+            )
             self._last = last
         return last
 

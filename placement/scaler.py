@@ -98,7 +98,7 @@ def room_for(problem: Problem, settings: PlacementSettings) -> int:
 def copy_price(problem: Problem, settings: PlacementSettings) -> float:
     """Seconds of a step that a copy must save to be worth its memory."""
     steps = problem.demand.steps_per_s
-    return max(keep_alive_s(problem, settings) / steps, settings.least_gain_s) if steps > 0 else np.inf
+    return keep_alive_s(problem, settings) / steps if steps > 0 else np.inf
 
 
 def _first_copies(problem: Problem, settings: PlacementSettings, room: int) -> Ints:
@@ -185,7 +185,9 @@ def _take(curves: _Curves, room: int, price: float) -> Ints:
             high, taken = middle, tried
         else:
             low = middle
-    # the next pieces don't fit whole: a part of them never hurts
+    # the next pieces don't fit whole: of a part of them those copies count that bring something
     more = best(low) - taken
-    taken += np.diff(np.minimum(np.cumsum(more), room - int(taken.sum())), prepend=0)
-    return taken
+    taken = taken + np.diff(np.minimum(np.cumsum(more), room - int(taken.sum())), prepend=0)
+    reached = curves.time[np.arange(layers), taken][:, None]
+    fewest: Ints = np.argmax(curves.time <= reached * (1 + 1e-9), axis=1)
+    return fewest

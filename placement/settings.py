@@ -21,8 +21,6 @@ class PlacementSettings:
     gib_worth: float = 0.0
     """What keeping one GiB resident costs, in seconds of waiting a second. 0: memory within the budget is free, and
     nothing goes to zero."""
-    least_gain_s: float = 0.0
-    """Seconds of a step that a copy must save, whatever memory costs."""
     max_bytes: int | None = None
     """What all copies together may take; None: what fits on the devices."""
     hysteresis: float = 0.2
@@ -62,7 +60,8 @@ class RoundSettings:
 
     method: Method = "evermoe"
     placement: PlacementSettings = field(default_factory=PlacementSettings)
-    """Without `min_copies` and `max_copies`, which follow from the bounds below."""
+    """Without `min_copies` and `max_copies`, which follow from the bounds below. Without `max_bytes`, all copies may take
+    what `replicas` of each unit take (one, if none are to start with)."""
     replicas: int = 1
     """Of each unit, to start with."""
     min_replicas: int = 0

@@ -18,8 +18,6 @@ from placement.scaler import Scale, scale
 from placement.settings import PlacementSettings, RoundSettings
 from placement.work import work_seconds
 
-_LEAST_GAIN = 0.05
-"""Without a budget, a copy must save this part of a layer's time."""
 _EXACT = 1 - 1e-9
 
 
@@ -51,30 +49,40 @@ class Wishes:
     def __init__(self, grid: Grid, slice_bytes: int, settings: RoundSettings) -> None:
         self._grid, self._bytes, self._settings = grid, slice_bytes, settings
         self._least, self._most = grid.bounds(settings)
+        always = grid.unit.size * max(1, settings.replicas) * slice_bytes
+        given = settings.placement
+        budget = always if given.max_bytes is None else given.max_bytes
+        self._placement = dataclasses.replace(given, max_bytes=budget, min_copies=self._least)
+        self._copies: Ints | None = None
 
     def wish(
         self, demand: Demand, fleet: Fleet, planned: Mapping[str, Sequence[Copy]], *, idle: Bools, now: Ints
     ) -> Wish:
         """The wish for `demand`, where `now` [U] replicas are asked for; `idle` [L, E] slices keep their least."""
         grid, work = self._grid, work_seconds(fleet.speed, demand.high)
-        most = np.where(idle, self._least, self._most)
         least_units, most_units = grid.most(self._least), np.maximum(grid.most(self._most), 1)
-        placement = self._placement(most, work)
+        placement = dataclasses.replace(self._placement, max_copies=np.where(idle, self._least, self._most))
         if self._settings.elastic:
             startable = np.maximum(most_units - fleet.counts, 0)
-            scaled = scale(fleet.problem(demand, planned, startable), placement)
+            scaled = self._steady(scale(fleet.problem(demand, planned, startable), placement), placement)
             units, relief = self._replicas(scaled, fleet.slots, now)
             return Wish(scaled.copies, units, least_units, most_units, relief, work, scaled, placement)
         copies = self._baseline(demand, fleet)
         units = grid.most(copies)
         return Wish(copies, units, least_units, most_units, np.full(len(units), np.inf), work, None, placement)
 
-    def _placement(self, most: Ints, work: Floats) -> PlacementSettings:
-        given = self._settings.placement
-        gain = 0.0
-        if given.max_bytes is None:
-            gain = _LEAST_GAIN * float((work.max(axis=1, initial=0.0) + self._settings.near_s).mean())
-        return dataclasses.replace(given, min_copies=self._least, max_copies=most, least_gain_s=gain)
+    def _steady(self, scaled: Scale, placement: PlacementSettings) -> Scale:
+        """The last wish again, where it is good enough: layers that are alike would take turns with the memory."""
+        last, self._copies = self._copies, scaled.copies
+        if last is None or last.sum() > scaled.copies.sum() or ((last > 0) != (scaled.copies > 0)).any():
+            return scaled
+        if (last > placement.max_copies).any() or (last < placement.min_copies).any():
+            return scaled
+        before, after = _largest(scaled, last), _largest(scaled, scaled.copies)
+        if before.sum() > after.sum() * placement.imbalance:
+            return scaled
+        self._copies = last
+        return dataclasses.replace(scaled, copies=last, target=before)
 
     def _replicas(self, scaled: Scale, slots: Ints, now: Ints) -> tuple[Ints, Floats]:
         """[U] replicas for the slice with most copies, for the work in every layer and for memory; their relief."""
@@ -88,15 +96,21 @@ class Wishes:
         share = np.maximum(np.minimum(now, parts), 1)
         relief = (busy / share / target).max(axis=0, initial=0.0)
         alone = (now < 2) & (grid.most((scaled.spread & (scaled.copies > 1)).astype(np.int64)) > 0)
-        must = (now < 1) | (now < by_memory) | alone
+        first = -(-grid.sum(held.astype(np.int64)) // np.maximum(slots, 1))
+        must = (now < np.maximum(first, 1)) | alone
         return np.max([by_copies, by_work, by_memory], axis=0), np.where(must, np.inf, relief)
 
     def _baseline(self, demand: Demand, fleet: Fleet) -> Ints:
-        layers, experts = demand.high.shape
-        if self._settings.method == "static":
+        method, budget = self._settings.method, self._placement.max_bytes or 0
+        if method == "static":
             return np.full(demand.high.shape, self._settings.replicas)
-        memory, settings = self._settings.placement.max_bytes, self._settings
-        always = experts * max(1, settings.replicas)
-        slots = always if memory is None else memory // self._bytes // max(layers, 1)
+        slots = budget // self._bytes // max(len(demand.high), 1)
         nodes = len({each.node for each in fleet.replicas}) or 1
-        return baseline_counts(settings.method, demand, slots, self._most, nodes)
+        return baseline_counts(method, demand, slots, self._most, nodes)
+
+
+def _largest(scaled: Scale, copies: Ints) -> Floats:
+    """[L] seconds of each layer's largest copy."""
+    each = scaled.work * (copies > 0) / np.clip(copies, 1, scaled.parts)
+    largest: Floats = each.max(axis=1, initial=0.0)
+    return largest

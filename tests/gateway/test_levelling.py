@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.levelling import Pace, level
+from gateway.assignment import Holders, Part
+from gateway.levelling import Pace, assign_levelled, level
 
 EVEN = Pace(0.0, 1.0)
 
@@ -88,3 +89,26 @@ def test_a_few_rows_are_not_worth_reading_the_weights_twice() -> None:
 def test_chains_of_copies_carry_load_away() -> None:
     found = level([30, 6, 6], [[0, 1], [1, 2], [2, 3]], [EVEN] * 4)
     assert max(ends([30, 6, 6], [[0, 1], [1, 2], [2, 3]], [EVEN] * 4, found)) <= 16
+
+
+@given(layers(), st.integers(0, 5))
+def test_assigned_parts_cover_each_row_once(layer: tuple[list[int], list[list[int]], list[Pace]], turn: int) -> None:
+    rows, holders, paces = layer
+    counts = [*rows, 0, 7]  # an expert without rows, and one that nobody holds
+    held = [Holders.evenly(mine) for mine in holders] + [Holders.evenly([0]), Holders.of([])]
+    remote, inline = assign_levelled(counts, held.__getitem__, paces.__getitem__, turn)
+    assert inline == [Part(len(rows) + 1, sum(rows), 7)]
+    seen = sorted(
+        (row, part.expert)
+        for _, parts in [*remote, (None, inline)]
+        for part in parts
+        for row in range(part.start, part.start + part.rows)
+    )
+    assert seen == [(row, expert) for row, expert in enumerate(e for e, n in enumerate(counts) for _ in range(n))]
+    assert all(replica in held[part.expert].replicas for replica, parts in remote for part in parts)
+
+
+def test_replicas_alike_take_turns() -> None:
+    holders = Holders.evenly(["a", "b"])
+    first = [assign_levelled([1], lambda _: holders, lambda _: EVEN, turn)[0][0][0] for turn in range(4)]
+    assert first in (["a", "b", "a", "b"], ["b", "a", "b", "a"])
