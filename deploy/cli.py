@@ -13,6 +13,7 @@ from rich.console import Console
 
 from deploy.models import cache_dir
 from deploy.predictor_commands import app as predictor_app
+from deploy.trace_commands import app as trace_app
 
 app = typer.Typer(
     name="evermoe",
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(predictor_app)
+app.add_typer(trace_app)
 _OURS = {"deploy", "experts", "gateway", "placement", "predictor", "recovery", "replay"}
 _out = Console()
 _err = Console(stderr=True)
