@@ -13,6 +13,7 @@ from rich.console import Console
 
 from deploy.models import cache_dir
 from deploy.predictor_commands import app as predictor_app
+from deploy.replay_commands import replay
 from deploy.trace_commands import app as trace_app
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(predictor_app)
 app.add_typer(trace_app)
+app.command()(replay)
 _OURS = {"deploy", "experts", "gateway", "placement", "predictor", "recovery", "replay"}
 _out = Console()
 _err = Console(stderr=True)

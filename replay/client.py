@@ -143,7 +143,7 @@ async def open_session(api_key: str | None = None) -> AsyncIterator[aiohttp.Clie
     headers: Mapping[str, str] = {"Content-Type": "application/json"}
     if api_key:
         headers = {**headers, "Authorization": f"Bearer {api_key}"}
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0)  # many servers hang up after 5 s
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout, read_bufsize=1 << 18) as it:
         yield it

@@ -140,14 +140,12 @@ class _Counter:
         if not self._requests:
             raise TraceError("no request of the trace is left: choose another --window")
         bins = self._bins[: int(self._last / self._bin_s) + 1]
-        windows = _summed(bins, _WINDOW_BINS)
-        window_s = min(_WINDOW_BINS * self._bin_s, max(self._last, self._bin_s))
         return TraceStatistics(
             requests=self._requests,
             failed=self._failed,
             span_s=self._last,
             rate=(self._requests - 1) / self._last if self._last else 0.0,
-            peak_rate=float(windows.max()) / window_s,
+            peak_rate=_most_within(bins, _WINDOW_BINS) / (min(_WINDOW_BINS, len(bins)) * self._bin_s),
             prompt_tokens=self._prompts.lengths(),
             answer_tokens=self._answers.lengths(),
             gap_variation=self._gap_variation(),
@@ -175,6 +173,13 @@ def _summed(bins: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
     """Sums of `size` bins each; the last window may be shorter."""
     sums: npt.NDArray[np.int64] = np.add.reduceat(bins, np.arange(0, len(bins), size))
     return sums
+
+
+def _most_within(bins: npt.NDArray[np.int64], size: int) -> int:
+    """The largest sum of `size` bins in a row (of all, where there are fewer)."""
+    before = np.concatenate([[0], np.cumsum(bins)])
+    size = min(size, len(bins))
+    return int((before[size:] - before[:-size]).max())
 
 
 def _dispersion(counts: npt.NDArray[np.int64]) -> float:
