@@ -30,7 +30,7 @@ from replay.transforms import Selection, answered
 
 REQUESTS_FILE = "requests.jsonl"
 _BLOCK_BYTES = 1 << 15  # of the trace at a time: while more is read, nothing can be sent
-_TEXT_CHARACTERS = 1 << 18  # of each kind of text
+_TEXT_CHARACTERS = 1 << 17  # of each kind of text
 _REFRESH_S = 0.5
 
 
@@ -144,10 +144,10 @@ def _played(
         "longest": asking.longest,
         "retries": plan.retries or None,
     }
-    text = any(isinstance(stream, str) for stream in prompts.streams.values())
+    units = prompts.units_per_token
     return Played(
         trace=str(trace.path), url=plan.url, model=asking.model, options=options, planned=planned, complete=complete,
-        prompts=f"text, {prompts.units_per_token:.2f} characters a token" if text else "token ids",
+        prompts="token ids" if units is None else f"text, {sum(units.values()) / len(units):.2f} characters a token",
         shortened=replayer.progress.shortened,
     )  # fmt: skip
 

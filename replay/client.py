@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -45,9 +46,9 @@ class Client:
     async def send(self, body: bytes, outcome: Outcome, began: float) -> None:
         """Send a request and write into `outcome` what comes of it; never raises but when cancelled.
 
-        `began` is when the replay did, on the event loop's clock.
+        `began` is when the replay did, on the monotonic clock.
         """
-        sent = asyncio.get_running_loop().time()
+        sent = time.monotonic()  # the loop's own clock may only know milliseconds
         outcome.sent_s = round(sent - began, _ROUND)
         outcome.late_s = round(sent - began - outcome.due_s, _ROUND)
         try:
@@ -59,7 +60,7 @@ class Client:
             outcome.error = f"abandoned: the replay ended after {outcome.tokens} of its tokens"
             raise
         finally:
-            outcome.end_s = round(asyncio.get_running_loop().time() - sent, _ROUND)
+            outcome.end_s = round(time.monotonic() - sent, _ROUND)
 
     async def _until_answered(self, body: bytes, outcome: Outcome, sent: float) -> None:
         while True:
@@ -85,14 +86,13 @@ class Client:
 
     async def _stream(self, body: bytes, outcome: Outcome, sent: float) -> None:
         headers = {"x-request-id": outcome.request_id}
-        clock = asyncio.get_running_loop().time
         async with self.session.post(f"{self.url}/v1/completions", data=body, headers=headers) as answer:
             outcome.status = answer.status
             if answer.status != 200:
                 raise await _refusal(answer)
             reader = EventReader()
             async for data in answer.content.iter_any():
-                seconds = round(clock() - sent, _ROUND)
+                seconds = round(time.monotonic() - sent, _ROUND)
                 for event in reader.feed(data):
                     _take(event, outcome, seconds)
             if not reader.done:

@@ -24,8 +24,8 @@ class Prompts:
     """Makes prompts from `streams`, one for each kind of text; all of them token ids, or all of them text."""
 
     streams: Mapping[str, Stream]
-    units_per_token: float = 1.0
-    """How much of a stream one token is: 1 for token ids, for text its characters per token"""
+    units_per_token: Mapping[str, float] | None = None
+    """How much of each stream one token is: None for token ids, for text its characters per token"""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,7 +54,8 @@ class Prompts:
         chosen = kind if kind in self.streams else kinds[int.from_bytes(digest[:4], "little") % len(kinds)]
         stream = self.streams[chosen]
         start = int.from_bytes(digest[4:], "little") % len(stream)
-        length = max(round(tokens * self.units_per_token), 1)
+        units = self.units_per_token[chosen] if self.units_per_token is not None else 1.0
+        length = max(round(tokens * units), 1)
         piece = stream[start : start + length]
         while len(piece) < length:
             more = stream[: length - len(piece)]

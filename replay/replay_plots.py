@@ -13,7 +13,7 @@ from replay.summary import METRICS, Tally, column
 LOAD_SIZE, LATENCY_SIZE, TIMELINE_SIZE = (9.0, 4.6), (9.0, 3.0), (9.0, 4.6)
 _BINS = 120
 _COLORS = dict(zip(METRICS, (BLUE, ORANGE, GREEN, GREY), strict=True))
-_FEWEST = 1e-4
+_LEAST_S, _LEAST_LATE_MS = 1e-4, 1e-2  # logarithmic axes begin there
 
 
 def draw_load(figure: Any, tally: Tally) -> None:
@@ -39,8 +39,8 @@ def draw_latency(figure: Any, tally: Tally) -> None:
         _distribution(times, column(tally.times[name]), label, _COLORS[name])
     times.set(xscale="log", xlabel="seconds", ylabel="part no longer", title="Latencies", ylim=(0, 1.02))
     if times.lines:
-        times.legend(loc="lower right")
-    _distribution(late, 1e3 * column(tally.late_s), "late", GREY)
+        times.legend(loc="upper left", fontsize=8)
+    _distribution(late, np.maximum(1e3 * column(tally.late_s), _LEAST_LATE_MS), "late", GREY)
     late.set(xscale="log", xlabel="ms after the trace's time", title="How late requests were sent", ylim=(0, 1.02))
 
 
@@ -57,7 +57,7 @@ def draw_timeline(figure: Any, tally: Tally) -> None:
             axis.plot(middle[seen], curve[seen], line, color=_COLORS[name], label=f"p{percentile}")
         axis.set(ylabel="seconds", title=METRICS[name].capitalize(), ylim=(0, None))
         axis.legend(ncols=2, loc="upper right")
-    axis.set(xlabel="seconds; requests by when they were sent")
+    axis.set(xlabel="seconds; requests by when they were sent", xlim=(0, edges[-1]))
 
 
 def _edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -77,7 +77,7 @@ def _by_bin(
 
 
 def _distribution(axis: Any, values: npt.NDArray[np.float64], label: str, color: str) -> None:
-    values = np.sort(np.maximum(values[~np.isnan(values)], _FEWEST))
+    values = np.sort(np.maximum(values[~np.isnan(values)], _LEAST_S))
     if len(values):
         shown = values[np.linspace(0, len(values) - 1, min(len(values), 400)).astype(int)]
         part = np.searchsorted(values, shown, "right") / len(values)

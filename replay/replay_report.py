@@ -106,7 +106,7 @@ def _cards(summary: Summary) -> list[Card]:
     ]
     if summary.goodput is not None and summary.good_part is not None:
         promised = ", ".join(f"{name} {tell_duration(v)}" for name, v in summary.slo.items() if v is not None)
-        cards.append(Card(f"goodput per second: {summary.good_part:.1%} within {promised}", f"{summary.goodput:.3g}"))
+        cards.append(Card(f"good per second: {summary.good_part:.1%} ({promised})", f"{summary.goodput:.3g}"))
     return cards
 
 

@@ -7,6 +7,7 @@ being late once makes nothing later; how late each was is told.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ class Replayer:
     def __init__(self, client: Client, prompts: Prompts, asking: Asking, tell: Callable[[Outcome], None]) -> None:
         self.progress = Progress()
         self.began: float | None = None
-        """On the event loop's clock"""
+        """On the monotonic clock"""
         self._client = client
         self._prompts = prompts
         self._asking = asking
@@ -116,12 +117,11 @@ class Replayer:
         await ready.put(None)
 
     async def _send_all(self, ready: asyncio.Queue[tuple[TraceRequest, bytes] | None]) -> None:
-        clock = asyncio.get_running_loop().time
-        self.began = clock() + _LEAD_S
+        self.began = time.monotonic() + _LEAD_S
         in_a_row = 0
         while (item := await ready.get()) is not None:
             request, body = item
-            wait_s = self.began + request.time_s - clock()
+            wait_s = self.began + request.time_s - time.monotonic()
             in_a_row = 0 if wait_s > 0 else in_a_row + 1
             if wait_s > 0:
                 await asyncio.sleep(wait_s)

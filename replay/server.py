@@ -78,13 +78,18 @@ async def prompts_for(
         prompts = Prompts(ids, seed=seed)
         if (await _try(client, asking, prompts)).error is None:
             return prompts
-    sample = Prompts({kind: text[:_SAMPLE] for kind, text in texts.items()}, len(next(iter(texts.values()))[:_SAMPLE]))
-    tried = await _try(client, asking, sample)
+    return Prompts(
+        texts, {kind: await _characters_per_token(client, asking, text) for kind, text in texts.items()}, seed
+    )
+
+
+async def _characters_per_token(client: Client, asking: Asking, text: str) -> float:
+    """As the server counts the tokens of a sample of `text`; raise ServerError where it refuses that."""
+    sample = text[:_SAMPLE]
+    tried = await _try(client, asking, Prompts({"": sample}, {"": len(sample)}))
     if tried.error is not None:
         raise ServerError(f"{client.url} refuses a completion ({tried.error})")
-    characters = len(str(sample.of(TraceRequest(0, 0.0, 1, 1))))
-    told = tried.prompt_tokens_told
-    return Prompts(texts, characters / told if told else _CHARACTERS_PER_TOKEN, seed)
+    return len(sample) / tried.prompt_tokens_told if tried.prompt_tokens_told else _CHARACTERS_PER_TOKEN
 
 
 async def _try(client: Client, asking: Asking, prompts: Prompts) -> Outcome:

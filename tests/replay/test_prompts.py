@@ -12,6 +12,7 @@ from replay.trace import TraceRequest
 
 STREAMS = {"chat": np.arange(0, 3000, dtype=np.int32), "code": np.arange(5000, 9000, dtype=np.int32)}
 TEXTS = {"chat": "so he said that " * 500, "code": "def add(a, b): return a + b\n" * 300}
+FOUR = dict.fromkeys(TEXTS, 4.0)
 IDS = Prompts(STREAMS)
 
 
@@ -22,7 +23,7 @@ def request(index: int, tokens: int, ids: tuple[int, ...] = (), kind: str = "") 
 @given(st.integers(0, 20_000), st.lists(st.integers(0, 5), max_size=6).map(tuple))
 def test_prompts_have_the_length_asked_for(tokens: int, ids: tuple[int, ...]) -> None:
     assert len(IDS.of(request(0, tokens, ids))) == max(tokens, 1)
-    assert len(Prompts(TEXTS, 4.0).of(request(0, tokens, ids))) == pytest.approx(max(4 * tokens, 4), abs=1)
+    assert len(Prompts(TEXTS, FOUR).of(request(0, tokens, ids))) == pytest.approx(max(4 * tokens, 4), abs=1)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.lists(st.integers(0, 3), min_size=1, max_size=4))
@@ -49,7 +50,7 @@ def test_prompts_are_text_of_their_kind() -> None:
     assert np.min(np.array(IDS.of(request(0, 100, kind="code")))) >= 5000
     assert np.max(np.array(IDS.of(request(0, 100, (7,), kind="chat")))) < 3000
     assert len(IDS.of(request(0, 100, kind="poetry"))) == 100
-    assert str(Prompts(TEXTS, 4.0).of(request(0, 10, kind="code")))[:40] in TEXTS["code"] * 2
+    assert str(Prompts(TEXTS, FOUR).of(request(0, 10, kind="code")))[:40] in TEXTS["code"] * 2
 
 
 def test_prompts_need_text() -> None:

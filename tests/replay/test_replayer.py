@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -103,8 +104,6 @@ def test_being_late_once_makes_nothing_later() -> None:
 
     async def stall(replayer: Replayer) -> None:
         await asyncio.sleep(0.6)  # a tenth of a second after the first request
-        import time
-
         time.sleep(0.2)
 
     outcomes = play(CompletionServer(tokens(1)), trace(100, gap_s=0.01), during=stall)
