@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_latencies_of_requests_that_succeeded() -> None:
     times = [np.cumsum(random.exponential(0.05, 8)) for _ in range(200)]
     done = [outcome(n, *t.tolist()) for n, t in enumerate(times)]
     summary = tally(*done, outcome(200, 50.0, 90.0, error="timeout: x")).summary()
-    expected = {
+    expected: dict[str, Any] = {
         "ttft": [t[0] for t in times], "tpot": [(t[-1] - t[0]) / 7 for t in times], "e2e": [t[-1] + 0.5 for t in times],
         "gap": np.concatenate([np.diff(t) for t in times]),
     }  # fmt: skip
