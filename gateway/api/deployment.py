@@ -92,6 +92,8 @@ class ApiReplica:
                 {
                     "pid": entries[answer.gateway].pid,
                     "node": entries[answer.gateway].node,
+                    "inline_rows": entries[answer.gateway].inline_rows,
+                    "inline_bytes": entries[answer.gateway].inline_bytes,
                     **msgspec.to_builtins(answer),
                 }
                 for answer in answers
