@@ -5,7 +5,7 @@ a hundred megabytes. Gates that only the family knows (interleaved, clamped) and
 family's own experts module, built on the meta device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,6 +128,18 @@ class ExpertFFN:
             return None
         up, down = self._wholes[layer]
         return kernels.mixture(hidden.contiguous(), index.contiguous(), weights, up, down)
+
+    def serve(self, descriptor: int, arena: int, memory: torch.Tensor, slices: Collection[tuple[int, int]]) -> None:
+        """Answer calls of loaded `slices` (layer, expert) that come on a descriptor; see `kernels.serve`.
+
+        Nothing happens where the compiled kernel does not compute them.
+        """
+        weights = [self._slice(*place) for place in slices]
+        dtype = getattr(torch, self._store.manifest.dtype)
+        sample = torch.empty(1, self._store.manifest.hidden_size, dtype=dtype)
+        if weights and all(self._fuses(slice_, sample) for slice_ in weights):
+            up, down = [s.up.weight for s in weights], [s.down.weight for s in weights]
+            kernels.serve(descriptor, arena, memory, slices, up, down)
 
     def _compute(
         self, layer: int, counts: list[int], weights: list[SliceWeights], rows: torch.Tensor, out: torch.Tensor

@@ -51,7 +51,9 @@ class Replica:
             self._ffn.load(expert)
         directory.wait(START_S)
         self._server = self._exits.enter_context(
-            ExpertServer(self.compute, directory.secret(), opened.manifest.fingerprint, node_ip, policy.threads)
+            ExpertServer(
+                self.compute, directory.secret(), opened.manifest.fingerprint, node_ip, policy.threads, self._serve
+            )
         )
         entry = ReplicaEntry(
             id=name,
@@ -77,6 +79,10 @@ class Replica:
             if (layer, expert) not in self._slices:
                 raise NotServedError(f"expert {expert} of layer {layer} is not served by {self._unit.name}")
         self._ffn.compute(layer, segments, rows, out)
+
+    def _serve(self, descriptor: int, arena: int, memory: torch.Tensor) -> None:
+        """Answer calls on a descriptor without Python, as long as they are of this unit's slices."""
+        self._ffn.serve(descriptor, arena, memory, self._slices)
 
     def close(self) -> None:
         """Give the lease back, so that no gateway sends new rows, then hang up."""

@@ -36,17 +36,31 @@ class Compute(Protocol):
     ) -> None: ...
 
 
+class Shortcut(Protocol):
+    """Answers calls on a descriptor, their rows in an arena's `memory`; returns where the next frame is not for it."""
+
+    def __call__(self, descriptor: int, arena: int, memory: torch.Tensor) -> None: ...  # noqa: D102
+
+
 class ExpertServer:
     """Serves `compute` to gateways that know the secret and the model; a thread for each connection.
 
-    `threads` are torch's threads for the calls of one connection.
+    `threads` are torch's threads for the calls of one connection. `shortcut`, if there is one, answers calls in shared
+    memory without Python, until one comes that it does not take.
     Use as a context manager; `addresses` says where it listens: a Unix socket, and TCP where a `tcp_host` is given.
     """
 
     def __init__(
-        self, compute: Compute, secret: bytes, fingerprint: str, tcp_host: str | None = None, threads: int = 1
+        self,
+        compute: Compute,
+        secret: bytes,
+        fingerprint: str,
+        tcp_host: str | None = None,
+        threads: int = 1,
+        shortcut: Shortcut | None = None,
     ) -> None:
         self._compute = compute
+        self._shortcut = shortcut
         self._threads_each = threads
         self._secret = secret
         self._fingerprint = fingerprint
@@ -110,7 +124,7 @@ class ExpertServer:
                 sockets.receive(sock, ServerHandshake(self._secret, Purpose.EXPERT, self._fingerprint))
                 sock.settimeout(None)
                 self._prepare_thread()
-                _Connection(sock, self._compute).run()
+                _Connection(sock, self._compute, self._shortcut).run()
             except ConnectionResetError:
                 pass  # the gateway went away: nothing is owed to it
             except (HandshakeError, FrameError) as error:
@@ -138,15 +152,18 @@ class ExpertServer:
 class _Connection:
     """One gateway's calls, in order."""
 
-    def __init__(self, sock: socket.socket, compute: Compute) -> None:
+    def __init__(self, sock: socket.socket, compute: Compute, shortcut: Shortcut | None) -> None:
         self._sock = sock
         self._compute = compute
+        self._shortcut = shortcut
         self._arena: Arena | None = None
         self._head = bytearray(frame.HEADER.size + frame.SEGMENT.size)  # most calls have one segment: one read
 
     def run(self) -> None:
         """Answer frames until the gateway hangs up."""
         while True:
+            if self._shortcut is not None and self._arena is not None:
+                self._shortcut(self._sock.fileno(), self._arena.id, self._arena.memory)
             head, fds = self._next()
             try:
                 if head.kind is Kind.ATTACH:
