@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -146,7 +147,13 @@ void expert_ffn(const at::Tensor& rows, at::IntArrayRef counts, at::TensorList u
                 at::Tensor& out) {
   const auto dtype = rows.scalar_type();
   TORCH_CHECK(counts.size() == up.size() && up.size() == down.size() && rows.stride(1) == 1 && dense(out, dtype));
-  for (size_t e = 0; e < up.size(); ++e) TORCH_CHECK(dense(up[e], dtype) && dense(down[e], dtype));
+  const int64_t hidden = rows.size(1);
+  TORCH_CHECK(out.sizes() == rows.sizes() && std::accumulate(counts.begin(), counts.end(), int64_t{0}) == rows.size(0));
+  for (size_t e = 0; e < up.size(); ++e) {
+    TORCH_CHECK(dense(up[e], dtype) && dense(down[e], dtype) && counts[e] >= 0);
+    TORCH_CHECK(up[e].size(1) == hidden && down[e].size(0) == hidden && up[e].size(0) == 2 * down[e].size(1),
+                "rows of ", hidden, " numbers do not fit the weights");
+  }
   if (counts.empty()) return;
   if (dtype == at::kFloat) {
     run<float>(rows, counts, up, down, out);

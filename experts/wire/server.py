@@ -22,6 +22,8 @@ from experts.wire.handshake import HandshakeError, Purpose, ServerHandshake
 log = logging.getLogger(__name__)
 
 _HANDSHAKE_S = 5.0
+_ENDING_S = 2.0
+"""For calls under way when the server closes: Python must not end under a thread that is in compiled code."""
 
 
 class NotServedError(Exception):
@@ -67,7 +69,7 @@ class ExpertServer:
         self._listeners = [sockets.listen_unix()]
         if tcp_host is not None:
             self._listeners.append(sockets.listen_tcp(tcp_host))
-        self._connections: set[socket.socket] = set()
+        self._connections: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._accept, args=(listener,), daemon=True, name="expert-accept")
@@ -104,8 +106,12 @@ class ExpertServer:
             for sock in [*self._listeners, *self._connections]:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that blocks on it
+            serving = list(self._connections.values())
         for thread in self._threads:
             thread.join()
+        for thread in serving:
+            if thread is not threading.current_thread():
+                thread.join(_ENDING_S)
         for listener in self._listeners:
             listener.close()
 
@@ -141,12 +147,12 @@ class ExpertServer:
     @contextlib.contextmanager
     def _registered(self, sock: socket.socket) -> Iterator[None]:
         with self._lock:
-            self._connections.add(sock)
+            self._connections[sock] = threading.current_thread()
         try:
             yield
         finally:
             with self._lock:
-                self._connections.discard(sock)
+                del self._connections[sock]
 
 
 class _Connection:
