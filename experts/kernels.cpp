@@ -8,9 +8,11 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <vector>
 
+#include "exchange.h"
 #include "products.h"
 #include "team.h"
 
@@ -145,7 +147,13 @@ void expert_ffn(const at::Tensor& rows, at::IntArrayRef counts, at::TensorList u
                 at::Tensor& out) {
   const auto dtype = rows.scalar_type();
   TORCH_CHECK(counts.size() == up.size() && up.size() == down.size() && rows.stride(1) == 1 && dense(out, dtype));
-  for (size_t e = 0; e < up.size(); ++e) TORCH_CHECK(dense(up[e], dtype) && dense(down[e], dtype));
+  const int64_t hidden = rows.size(1);
+  TORCH_CHECK(out.sizes() == rows.sizes() && std::accumulate(counts.begin(), counts.end(), int64_t{0}) == rows.size(0));
+  for (size_t e = 0; e < up.size(); ++e) {
+    TORCH_CHECK(dense(up[e], dtype) && dense(down[e], dtype) && counts[e] >= 0);
+    TORCH_CHECK(up[e].size(1) == hidden && down[e].size(0) == hidden && up[e].size(0) == 2 * down[e].size(1),
+                "rows of ", hidden, " numbers do not fit the weights");
+  }
   if (counts.empty()) return;
   if (dtype == at::kFloat) {
     run<float>(rows, counts, up, down, out);
@@ -261,6 +269,30 @@ at::Tensor mixture(const at::Tensor& hidden, const at::Tensor& index, const at::
   return weighted_sum(results, place, weights);
 }
 
+// A replica's calls on the socket `fd`, in the arena number `arena` of `memory` (rows, then results), until one comes
+// that is not of these slices (layer, expert) or of more than `most_rows` rows, or the `stamp` of `tally` is another;
+// up[s] [2W, H], down[s] [H, W].
+void serve(int64_t fd, int64_t arena, const at::Tensor& memory, at::IntArrayRef slices, at::TensorList up,
+           at::TensorList down, int64_t most_rows, at::Tensor& tally, int64_t stamp) {
+  TORCH_CHECK(slices.size() == 2 * up.size() && up.size() == down.size() && !up.empty() && memory.is_contiguous());
+  TORCH_CHECK(dense(tally, at::kLong) && tally.numel() == evermoe::Tally::kNumbers);
+  const auto dtype = down[0].scalar_type();
+  evermoe::Served served{};
+  for (size_t s = 0; s < up.size(); ++s) {
+    TORCH_CHECK(dense(up[s], dtype) && dense(down[s], dtype) && down[s].size(0) == down[0].size(0));
+    served.slices[evermoe::Served::key(slices[2 * s], slices[2 * s + 1])] = s;
+  }
+  served.up = up;
+  served.down = down;
+  served.memory = static_cast<char*>(memory.data_ptr());
+  served.capacity = memory.nbytes() / 2;
+  served.arena = arena;
+  served.width = down[0].size(0);
+  served.most_rows = most_rows;
+  served.dtype = dtype;
+  evermoe::serve_calls(static_cast<int>(fd), served, {tally.mutable_data_ptr<int64_t>(), stamp}, expert_ffn);
+}
+
 // How many threads share an operation from now on, in the whole process.
 void share(int64_t threads) { Team::shared().resize(static_cast<int>(threads)); }
 
@@ -276,6 +308,13 @@ TORCH_LIBRARY_FRAGMENT(evermoe, library) {
   library.def("mixture(Tensor hidden, Tensor index, Tensor weights, Tensor[] up, Tensor[] down) -> Tensor");
   library.def("product(Tensor rows, Tensor weight, Tensor? bias) -> Tensor");
   library.def("weighted_sum(Tensor rows, Tensor place, Tensor weights) -> Tensor");
+  library.def("lay_out(Tensor hidden, Tensor index, int[] parts, Tensor(a!) out) -> Tensor");
+  library.def("send_calls(int[] fds, int[] heads, int[] segments) -> int[]", &evermoe::send_calls);
+  library.def(
+      "receive_replies(int[] fds, int[] seqs, int[] rows, int[] patience, int grace, Tensor(a!) headers) -> int[]");
+  library.def(
+      "serve(int fd, int arena, Tensor memory, int[] slices, Tensor[] up, Tensor[] down, int most_rows, "
+      "Tensor(a!) tally, int stamp) -> ()");
   library.def("share(int threads) -> ()", &share);
   library.def("multiplies(ScalarType dtype) -> bool", &multiplies);
 }
@@ -285,4 +324,7 @@ TORCH_LIBRARY_IMPL(evermoe, CPU, library) {
   library.impl("mixture", &mixture);
   library.impl("product", &product);
   library.impl("weighted_sum", &weighted_sum);
+  library.impl("lay_out", &evermoe::lay_out);
+  library.impl("receive_replies", &evermoe::receive_replies);
+  library.impl("serve", &serve);
 }

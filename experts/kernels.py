@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ _STEP = 32
 """Widths must be a multiple of two of the widest vectors, in numbers."""
 _FEW_ROWS = 16
 """Beyond this many rows oneDNN is faster where the processor multiplies matrices (AMX)."""
+_MOST_ROWS = 1 << 20
 _LOOK_S = 5.0
 _loaded = False
 
@@ -86,6 +88,25 @@ def multiplies(weight: torch.Tensor) -> bool:
         and weight.is_contiguous()
         and _has(weight.dtype)
     )
+
+
+def serve(
+    descriptor: int,
+    arena: int,
+    memory: torch.Tensor,
+    slices: Iterable[tuple[int, int]],
+    up: Sequence[torch.Tensor],
+    down: Sequence[torch.Tensor],
+    tally: torch.Tensor,
+    stamp: int,
+) -> None:
+    """Answer calls of `slices` (layer, expert) on a socket, their rows in `memory [bytes]` of the arena with a number.
+
+    Returns when a frame comes that is none of these, or the connection ends; nothing of it has been read then. Returns
+    soon when `stamp` is no longer the first number of `tally` (see `experts.tally`), where calls are counted.
+    """
+    most = _FEW_ROWS if _has_amx() else _MOST_ROWS
+    _operator("serve")(descriptor, arena, memory, list(chain.from_iterable(slices)), up, down, most, tally, stamp)
 
 
 def few(rows: int) -> bool:
