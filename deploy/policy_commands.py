@@ -14,13 +14,12 @@ from rich.markup import escape
 
 from deploy.fit import check_policy, this_host
 from deploy.models import find_manifest, model_facts
-from deploy.running import Running, find_running
-from deploy.status import StatusError, fetch_status
-from placement.policy import Policy, PolicyError, load_policy
+from deploy.running import find_running
+from deploy.status import fetch_status
+from placement.policy import PolicyError, load_policy
 from placement.policy.changes import Change, changes
 from placement.policy.fitting import ModelFacts
 from placement.policy.meaning import meaning
-from placement.policy.published import DOCUMENT, PublishedPolicy, encode
 from placement.policy.schema import schema as json_schema
 from placement.policy.writing import text, to_yaml
 
@@ -75,7 +74,7 @@ def apply(file: File, url: Url = _URL, redis: Redis = None) -> None:
     if not found:
         _say(f"nothing changes: {url} goes by this policy already (version {running.published.version})")
         return
-    version = _publish(running, policy)
+    version = running.apply(policy)
     width = max(len(change.key) for change in found)
     for change in found:
         _say(f"{change.key:<{width}}  {text(change.old)} -> {text(change.new)}")
@@ -111,14 +110,6 @@ def _refuse_restarts(file: Path, found: list[Change]) -> None:
 
 def _these(kept: list[Change]) -> str:
     return "this key as it is" if len(kept) == 1 else "these keys as they are"
-
-
-def _publish(running: Running, policy: Policy) -> int:
-    version = running.published.version + 1
-    published = PublishedPolicy.of(policy, running.published.model, version, time.time())
-    if not running.directory.exchange(DOCUMENT, running.document, encode(published)):
-        raise StatusError("another policy was applied meanwhile: look at it (`evermoe policy show`) and try again")
-    return version
 
 
 def _taken_over(url: str, version: int) -> bool:

@@ -6,6 +6,7 @@ It is asked over HTTP where its directory is; changing anything takes access to 
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import redis
 from msgspec import structs
 
 from deploy.status import StatusError, fetch_status
-from placement.policy.published import DOCUMENT, PublishedPolicy, decode
+from placement.policy import Policy
+from placement.policy.published import DOCUMENT, PublishedPolicy, decode, encode
 from recovery.directory import Directory
 
 
@@ -27,6 +29,14 @@ class Running:
     directory: Directory
     published: PublishedPolicy
     document: bytes
+
+    def apply(self, policy: Policy) -> int:
+        """Let the service go by `policy`; its version. Raise StatusError where another one was applied meanwhile."""
+        version = self.published.version + 1
+        published = PublishedPolicy.of(policy, self.published.model, version, time.time())
+        if not self.directory.exchange(DOCUMENT, self.document, encode(published)):
+            raise StatusError("another policy was applied meanwhile: look at it (`evermoe policy show`) and try again")
+        return version
 
 
 def find_running(url: str, redis_url: str | None) -> Running:

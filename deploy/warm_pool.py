@@ -76,7 +76,7 @@ class WarmPool:
 
     def _look(self, wanted: int) -> None:
         warmed = frozenset(int(file.name.removeprefix(READY)) for file in self._folder.glob(f"{READY}*"))
-        idle = [pid for pid in sorted(warmed) if _title(pid) == _IDLE]
+        idle = [pid for pid in sorted(warmed) if _idle(pid)]
         for pid in warmed.difference(idle):
             (self._folder / f"{READY}{pid}").unlink()
         for pid in idle[wanted:]:
@@ -136,9 +136,9 @@ def start_worker() -> None:
             raise RuntimeError(f"Ray starts no workers ahead: {error}") from error
 
 
-def _title(pid: int) -> str | None:
-    """What the process calls itself; None where there is none."""
+def _idle(pid: int) -> bool:
+    """Whether there is such a process, and Ray calls it idle."""
     try:
-        return " ".join(psutil.Process(pid).cmdline()).strip()
-    except psutil.Error:
-        return None
+        return psutil.Process(pid).cmdline()[0].split()[0] == _IDLE
+    except (psutil.Error, IndexError):  # gone, or just ending
+        return False

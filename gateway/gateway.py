@@ -174,9 +174,9 @@ class Gateway:
 
     async def _start_experts(self) -> None:
         """Publish the first plan, not at once: starting replicas would take the cores from the first request."""
-        first = self._unplanned(epoch=1)
         while True:
             await asyncio.sleep(_HEAD_START_S)
+            first = self._unplanned(epoch=1)
             try:
                 await asyncio.to_thread(self._directory.publish, plan.DOCUMENT, plan.encode(first), only_first=True)
             except (redis.RedisError, OSError) as error:

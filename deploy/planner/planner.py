@@ -150,6 +150,8 @@ class Planner:
         before, self._policy = self._policy, policy
         if policy.planner.foresight is not None or self._foresight is not None:
             self._foresee(policy)
+        if not before.planner.enabled:
+            self._steering.forget()
         horizon_s = policy.predictor.horizon_s
         self._steering.use(round_settings(policy, self._units, self._cores), horizon_s)
         if horizon_s != before.predictor.horizon_s:

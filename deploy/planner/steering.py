@@ -64,6 +64,10 @@ class Steering:
         """Stop looking; the last plan stays."""
         self._watcher.close()
 
+    def forget(self) -> None:
+        """Go on from the plan that stands in the directory by then: others have planned meanwhile."""
+        self._round = None
+
     def use(self, settings: RoundSettings, horizon_s: float) -> None:
         """Plan by these from now on; `horizon_s` is that of the loads."""
         self._settings, self._horizon_s = settings, horizon_s

@@ -21,7 +21,7 @@ from gateway.api.listener import listening
 from gateway.api.served_model import ApiConfig
 from gateway.link.pool import GatewayPool
 from gateway.messages import GatewayStatus
-from placement import forecast, plan
+from placement import forecast, plan, warm_pool
 from recovery.directory import START_S, Directory, GatewayEntry, ReplicaEntry
 from recovery.policies import read_policy
 
@@ -86,11 +86,14 @@ class ApiReplica:
             "model": self._config.model_name,
             "directory": {"namespace": self._directory.namespace, "socket": self._socket()},
             "policy": self._policy(),
+            "warm_pool": self._warm_pool(),
             "forecast": self._forecast(),
             "gateways": [
                 {
                     "pid": entries[answer.gateway].pid,
                     "node": entries[answer.gateway].node,
+                    "inline_rows": entries[answer.gateway].inline_rows,
+                    "inline_bytes": entries[answer.gateway].inline_bytes,
                     **msgspec.to_builtins(answer),
                 }
                 for answer in answers
@@ -116,6 +119,11 @@ class ApiReplica:
         """Which policy the service should go by."""
         published = read_policy(self._directory)
         return None if published is None else {"version": published.version, "made_at": published.made_at}
+
+    def _warm_pool(self) -> dict[str, Any] | None:
+        """Workers that wait for replicas; None where nobody looks after any."""
+        document = self._directory.read(warm_pool.DOCUMENT)
+        return None if document is None else dict(msgspec.to_builtins(warm_pool.decode(document)))
 
     def _forecast(self) -> dict[str, Any] | None:
         """What the planner expects; None where there is none."""
