@@ -36,6 +36,7 @@ class Noted(Replica):
     """A replica that notes when it computed what."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        self.name: str = options["name"]
         self.seen: list[tuple[float, int, tuple[Segment, ...]]] = []
         super().__init__(*args, **options)
 
@@ -159,6 +160,14 @@ def everything(store: ExpertStore) -> dict[tuple[int, int], float]:
     return dict.fromkeys(store.slices, 1.0)
 
 
+def wait_until_alone(house: House, name: str) -> None:
+    def alone() -> bool:
+        holders = [house.fleet.table.holders(*slice_).replicas for slice_ in house.store.slices]
+        return all([link.entry.id for link in links] == [name] for links in holders)
+
+    eventually(alone)
+
+
 def wait_for(ended: list[float], layers: int) -> None:
     eventually(lambda: len(ended) >= layers)
 
@@ -197,8 +206,10 @@ def test_rows_follow_a_new_plan_within_milliseconds(house: House, everything: di
     with house.busy() as ended:
         took = []
         for turn in range(20):
-            took.append(house.publish({"a": everything, "b": {}} if turn % 2 else {"a": {}, "b": everything}))
-            swapped, loser = len(ended), b if turn % 2 else a
+            winner, loser = (a, b) if turn % 2 else (b, a)
+            took.append(house.publish({winner.name: everything, loser.name: {}}))
+            wait_until_alone(house, winner.name)  # until it is ready, the other one goes on
+            swapped = len(ended)
             wait_for(ended, swapped + 2)  # the layer under way may have begun before
             after = len(loser.seen)
             wait_for(ended, swapped + 4)
