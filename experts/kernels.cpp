@@ -300,10 +300,12 @@ at::Tensor mixture(const at::Tensor& hidden, const at::Tensor& index, const at::
 }
 
 // A replica's calls on the socket `fd`, in the arena number `arena` of `memory` (rows, then results), until one comes
-// that is not of these slices (layer, expert) or of more than `most_rows` rows; up[s] [2W, H], down[s] [H, W].
+// that is not of these slices (layer, expert) or of more than `most_rows` rows, or the `stamp` of `tally` is another;
+// up[s] [2W, H], down[s] [H, W].
 void serve(int64_t fd, int64_t arena, const at::Tensor& memory, at::IntArrayRef slices, at::TensorList up,
-           at::TensorList down, int64_t most_rows) {
+           at::TensorList down, int64_t most_rows, at::Tensor& tally, int64_t stamp) {
   TORCH_CHECK(slices.size() == 2 * up.size() && up.size() == down.size() && !up.empty() && memory.is_contiguous());
+  TORCH_CHECK(dense(tally, at::kLong) && tally.numel() == evermoe::Tally::kNumbers);
   const auto dtype = down[0].scalar_type();
   evermoe::Served served{};
   for (size_t s = 0; s < up.size(); ++s) {
@@ -318,7 +320,7 @@ void serve(int64_t fd, int64_t arena, const at::Tensor& memory, at::IntArrayRef 
   served.width = down[0].size(0);
   served.most_rows = most_rows;
   served.dtype = dtype;
-  evermoe::serve_calls(static_cast<int>(fd), served, expert_ffn);
+  evermoe::serve_calls(static_cast<int>(fd), served, {tally.mutable_data_ptr<int64_t>(), stamp}, expert_ffn);
 }
 
 // How many threads share an operation from now on, in the whole process.
@@ -342,7 +344,8 @@ TORCH_LIBRARY_FRAGMENT(evermoe, library) {
   library.def(
       "receive_replies(int[] fds, int[] seqs, int[] rows, int[] patience, int grace, Tensor(a!) headers) -> int[]");
   library.def(
-      "serve(int fd, int arena, Tensor memory, int[] slices, Tensor[] up, Tensor[] down, int most_rows) -> ()");
+      "serve(int fd, int arena, Tensor memory, int[] slices, Tensor[] up, Tensor[] down, int most_rows, "
+      "Tensor(a!) tally, int stamp) -> ()");
   library.def("share(int threads) -> ()", &share);
   library.def("multiplies(ScalarType dtype) -> bool", &multiplies);
 }

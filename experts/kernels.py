@@ -96,12 +96,16 @@ def serve(
     slices: Iterable[tuple[int, int]],
     up: Sequence[torch.Tensor],
     down: Sequence[torch.Tensor],
+    tally: torch.Tensor,
+    stamp: int,
 ) -> None:
     """Answer calls of `slices` (layer, expert) on a socket, their rows in `memory [bytes]` of the arena with a number.
 
-    Returns when a frame comes that is none of these, or the connection ends; nothing of it has been read then.
+    Returns when a frame comes that is none of these, or the connection ends; nothing of it has been read then. Returns
+    soon when `stamp` is no longer the first number of `tally` (see `experts.tally`), where calls are counted.
     """
-    _operator("serve")(descriptor, arena, memory, list(chain.from_iterable(slices)), up, down, _most_rows())
+    places = list(chain.from_iterable(slices))
+    _operator("serve")(descriptor, arena, memory, places, up, down, _most_rows(), tally, stamp)
 
 
 def few(rows: int) -> bool:

@@ -70,7 +70,7 @@ class ExpertServer:
         if tcp_host is not None:
             self._listeners.append(sockets.listen_tcp(tcp_host))
         self._connections: dict[socket.socket, threading.Thread] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._threads = [
             threading.Thread(target=self._accept, args=(listener,), daemon=True, name="expert-accept")
             for listener in self._listeners
@@ -91,6 +91,11 @@ class ExpertServer:
         """Gateways connected now."""
         with self._lock:
             return len(self._connections)
+
+    def drain(self, patience_s: float) -> bool:
+        """Answer until all gateways have hung up, at most `patience_s` seconds; whether they have."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._connections, patience_s)
 
     def __enter__(self) -> ExpertServer:
         for thread in self._threads:
@@ -153,6 +158,7 @@ class ExpertServer:
         finally:
             with self._lock:
                 del self._connections[sock]
+                self._lock.notify_all()
 
 
 class _Connection:

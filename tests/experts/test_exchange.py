@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experts import kernels
+from experts.tally import Tally
 from experts.wire import exchange
 from experts.wire.arena import Arena
 from experts.wire.channel import Call, CallRefusedError, Channel
 from experts.wire.frame import Frame, Kind, Segment
 from experts.wire.server import ExpertServer, NotServedError
+from tests.waiting import eventually
 
 SECRET, MODEL, WIDTH, INNER = b"secret", "fingerprint", 32, 64
 REPLY = Frame(Kind.REPLY, 7, rows=3, aux=5)
@@ -164,6 +167,7 @@ class Experts:
         self.up = [torch.randn(2 * INNER, WIDTH).to(dtype) for _ in range(3)]
         self.down = [torch.randn(WIDTH, INNER).to(dtype) for _ in range(3)]
         self.in_python = 0
+        self.tally = Tally()
 
     def compute(self, layer: int, segments: Sequence[Segment], rows: torch.Tensor, out: torch.Tensor) -> None:
         self.in_python += 1
@@ -174,7 +178,8 @@ class Experts:
         kernels.expert_ffn(rows, counts, [self.up[e] for e in chosen], [self.down[e] for e in chosen], out)
 
     def shortcut(self, descriptor: int, arena: int, memory: torch.Tensor) -> None:
-        kernels.serve(descriptor, arena, memory, [(1, 0), (1, 1), (1, 2)], self.up, self.down)
+        slices = [(1, 0), (1, 1), (1, 2)]
+        kernels.serve(descriptor, arena, memory, slices, self.up, self.down, self.tally.numbers, self.tally.stamp)
 
 
 @pytest.fixture
@@ -208,6 +213,29 @@ def test_calls_are_answered_without_python(channel: Channel, experts: Experts, a
     for seq in range(1, 5):
         ask(channel, experts, arena, [(0, 2), (2, seq)], seq=seq, offset=128 * seq)
     assert experts.in_python == 0
+
+
+def test_calls_without_python_are_counted_and_timed(channel: Channel, experts: Experts, arena: Arena) -> None:
+    for seq in range(1, 101):
+        ask(channel, experts, arena, [(0, 2), (2, 1)], seq=seq)
+    seconds, calls, rows = experts.tally.totals()
+    assert (calls, rows) == (100, 300)
+    latest = experts.tally.latest()
+    assert 0 < sum(call.seconds for call in latest) < seconds
+    assert {(call.segments, call.rows) for call in latest} == {(2, 3)}
+    ask(channel, experts, arena, [(1, 5)], seq=101)
+    assert [(call.segments, call.rows) for call in experts.tally.latest()] == [(1, 5)]
+
+
+def test_when_other_slices_are_loaded_python_has_a_look(channel: Channel, experts: Experts, arena: Arena) -> None:
+    ask(channel, experts, arena, [(0, 1)])
+    held = sys.getrefcount(experts.up)
+    experts.tally.change()
+    eventually(lambda: sys.getrefcount(experts.up) < held)  # although no frame came
+    ask(channel, experts, arena, [(0, 1)], seq=2)
+    assert experts.in_python == 1
+    ask(channel, experts, arena, [(0, 1)], seq=3)
+    assert experts.in_python == 1
 
 
 def test_in_a_new_arena_too(channel: Channel, experts: Experts, arena: Arena) -> None:

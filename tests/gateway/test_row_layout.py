@@ -8,10 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experts import kernels
-from gateway.assignment import assign
+from gateway.assignment import Holders, assign
 from gateway.row_layout import lay_out
 
 EXPERTS, WIDTH = 6, 5
+
+NOBODY: Holders[str] = Holders.of([])
 
 
 @pytest.fixture(params=["compiled", "python"], autouse=True)
@@ -37,7 +39,7 @@ def test_each_part_has_its_experts_rows_side_by_side(
     hidden = torch.randn(tokens, WIDTH, generator=random).to(dtype)
     index = torch.rand(tokens, EXPERTS, generator=random).topk(top_k).indices
     counts = torch.bincount(index.flatten(), minlength=EXPERTS).tolist()
-    remote, inline = assign(counts, lambda expert: "abc"[: replicas if expert % 2 else 0], 2, seed)
+    remote, inline = assign(counts, lambda expert: Holders.evenly("abc"[: replicas if expert % 2 else 0]), 2, seed)
     parts = [part for _, theirs in remote for part in theirs] + inline
     out = torch.full((index.numel(), WIDTH), float("nan"), dtype=dtype)
     places = lay_out(hidden, index, parts, out)
@@ -52,7 +54,7 @@ def test_each_part_has_its_experts_rows_side_by_side(
 def test_rows_that_are_no_block_are_read_too() -> None:
     hidden = torch.randn(WIDTH, 3).t()
     out = torch.empty(3, WIDTH)
-    _, inline = assign([1, 1, 1], lambda expert: (), 1, 0)
+    _, inline = assign([1, 1, 1], lambda expert: NOBODY, 1, 0)
     places = lay_out(hidden, torch.tensor([[2], [0], [1]]), inline, out)
     assert torch.equal(out[places], hidden)
 
@@ -62,7 +64,7 @@ def test_parts_that_do_not_cover_the_rows_are_refused(way: str) -> None:
         pytest.skip("only compiled code could write where it must not")
     hidden, out = torch.randn(2, WIDTH), torch.empty(2, WIDTH)
     index = torch.tensor([[0], [1]])
-    _, parts = assign([1, 1], lambda expert: (), 1, 0)
+    _, parts = assign([1, 1], lambda expert: NOBODY, 1, 0)
     for wrong in (parts[:1], [*parts, parts[0]], [parts[0], parts[0]], [parts[0], parts[1]._replace(start=2)]):
         with pytest.raises((RuntimeError, IndexError)):
             lay_out(hidden, index, wrong, out)
