@@ -6,12 +6,14 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experts import kernels
 from experts.wire.frame import Segment
 from experts.wire.server import ExpertServer, NotServedError
 from experts.wire.sockets import host_id
@@ -95,6 +97,16 @@ class Cluster:
 def redis() -> Iterator[RedisServer]:
     with RedisServer() as server:
         yield server
+
+
+@pytest.fixture(params=["compiled", "python"], autouse=True, scope="module")
+def way(request: pytest.FixtureRequest, compiled_folder: Path) -> Iterator[None]:
+    """Everything holds with the compiled exchange and without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_loaded", False)
+        if request.param == "compiled":
+            assert kernels.load(compiled_folder)
+        yield
 
 
 @pytest.fixture
