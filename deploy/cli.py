@@ -15,6 +15,8 @@ from rich.markup import escape
 from deploy.models import cache_dir
 from deploy.policy_commands import app as policy_app
 from deploy.predictor_commands import app as predictor_app
+from deploy.replay_commands import replay
+from deploy.trace_commands import app as trace_app
 
 app = typer.Typer(
     name="evermoe",
@@ -25,6 +27,8 @@ app = typer.Typer(
 )
 app.add_typer(policy_app)
 app.add_typer(predictor_app)
+app.add_typer(trace_app)
+app.command()(replay)
 _OURS = {"deploy", "experts", "gateway", "placement", "predictor", "recovery", "replay"}
 _out = Console()
 _err = Console(stderr=True)

@@ -46,7 +46,15 @@ def warm_up(report: dict[str, Any]) -> str:
     if any(unit["planned"] is None for unit in units):
         return "expert replicas about to start"
     ready, planned = sum(unit["ready"] for unit in units), sum(unit["planned"] for unit in units)
-    return f"{ready} of {planned} expert replicas ready" if planned else "no expert replicas planned"
+    if not planned:
+        return "no expert replicas planned"
+    return f"{ready} of {planned} expert replicas ready{_emulation(report)}"
+
+
+def _emulation(report: dict[str, Any]) -> str:
+    """What has to be said of devices that are not there."""
+    devices = {replica["device"] for unit in report["units"] for replica in unit["replicas"]}
+    return "".join(f" on {device} devices" for device in sorted(devices) if device.startswith("emulated"))
 
 
 def is_warm(report: dict[str, Any]) -> bool:

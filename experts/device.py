@@ -76,10 +76,11 @@ class EmulatedDevice:
             self._precise.told = True
 
 
-def make_device(policy: DevicePolicy, real: str) -> Device:
-    """The device of a policy; `real` names the machine's own."""
+def make_device(policy: DevicePolicy, real: str, number: int = 0) -> Device:
+    """The device of a policy, for its unit's replica of this `number`; `real` names the machine's own."""
     if policy.kind == "real":
         return RealDevice(real)
     assert policy.rows_per_s is not None
     assert policy.weight_read_ms is not None
-    return EmulatedDevice(policy.rows_per_s, policy.weight_read_ms / 1000, policy.call_ms / 1000)
+    faster = policy.speeds[number % len(policy.speeds)]
+    return EmulatedDevice(policy.rows_per_s * faster, policy.weight_read_ms / 1000 / faster, policy.call_ms / 1000)

@@ -60,7 +60,6 @@ class Replica:
         self._name = name
         opened = ExpertStore.open(store)
         device = "cuda" if policy.resources.gpu else "cpu"
-        self._device = make_device(policy.device, device)
         manifest = opened.manifest
         memory_bytes = int((policy.memory_mib or 0) * (1 << 20))
         self._fit = SpeedFit(Speed.of(manifest.slice_bytes, manifest.slice_numbers))
@@ -71,6 +70,7 @@ class Replica:
             self._exits.enter_context(kernels.loading(compiled, policy.threads))
         self._ffn = ExpertFFN(opened, device=device, fast=True)
         directory.wait(START_S)
+        self._device = make_device(policy.device, device, directory.number(unit.name))
         self._plans = LatestPlan(directory)
         self._residency = Residency(self._ffn, manifest.slice_bytes, memory_bytes, self._announce)
         self._lease: Lease[ReplicaEntry] | None = None

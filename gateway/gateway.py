@@ -271,6 +271,8 @@ class Gateway:
             kv_blocks_used=pool.used,
             kv_blocks_total=pool.total,
             expert_calls=_by_unit(self._units, dict(self._dispatcher.calls)),
+            inline_rows=self._inline.experts.rows,
+            inline_bytes=self._inline.experts.resident_bytes,
             preemptions=scheduler.preemptions,
             prefix_cache_queries=scheduler.prefix_queries,
             prefix_cache_hits=scheduler.prefix_hits,

@@ -176,6 +176,9 @@ class GatewayStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Decoder layers that run compiled."""
     load_steps_dropped: int = 0
     """Steps whose routing nobody took in time: the predictor did not hear of them."""
+    inline_rows: int = 0
+    """Rows of experts that the gateway computed itself, and the bytes of expert weights it holds for that."""
+    inline_bytes: int = 0
     preemptions: int = 0
     prefix_cache_queries: int = 0
     """Tokens that were looked for in the cache, and of these ``prefix_cache_hits`` were found."""

@@ -170,6 +170,10 @@ class Directory:
         value = self._redis.get(self._key(document))
         return value if isinstance(value, bytes) else None
 
+    def number(self, series: str) -> int:
+        """The next number of a named series, from 0 on."""
+        return self._redis.incr(self._key("number", series)) - 1
+
     def append(self, stream: str, value: bytes, *, keep: int) -> None:
         """Add to a named stream, of which about the last `keep` values are kept."""
         self._redis.xadd(self._key(stream), {"value": value}, maxlen=keep, approximate=False)

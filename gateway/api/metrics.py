@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gateway.api.expert_metrics import expert_metrics
 from gateway.api.request_record import RequestRecord
 from gateway.layer_times import EDGES
 
@@ -128,19 +129,11 @@ class _State(Collector):
             "vllm:prefix_cache_queries", "Prompt tokens looked for in the cache.", "prefix_cache_queries"
         )
         yield self._counted("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", "prefix_cache_hits")
-        calls = CounterMetricFamily(
-            "evermoe:expert_calls", "Calls of experts, by the path they took.", labels=["model_name", "path"]
+        yield from expert_metrics(self._model, self._units)
+        yield self._gauge(
+            "evermoe:inline_resident_bytes", "Expert weights that gateways hold themselves.", self._sum("inline_bytes")
         )
-        for path in ("replica", "inline", "hedge", "retry"):
-            calls.add_metric([self._model, path], sum(unit["calls"].get(path, 0) for unit in self._units))
-        yield calls
-        replicas = GaugeMetricFamily(
-            "evermoe:expert_replicas", "Replicas of expert units.", labels=["model_name", "expert", "state"]
-        )
-        for unit in self._units:
-            replicas.add_metric([self._model, unit["unit"], "planned"], unit["planned"] or 0)
-            replicas.add_metric([self._model, unit["unit"], "ready"], unit["ready"])
-        yield replicas
+        yield self._counted("evermoe:inline_rows", "Rows of experts that gateways computed themselves.", "inline_rows")
         yield self._layer_times()
         yield from self._forecast_errors()
 

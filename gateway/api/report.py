@@ -20,11 +20,8 @@ from recovery.policies import read_policy
 
 T = TypeVar("T")
 
-_SHOWN = (
-    "id", "pid", "node", "experts", "layers", "slices", "draining", "device", "memory_bytes", "resident_bytes",
-    "read_s", "row_s", "busy_s", "calls", "rows", "misses", "started_at",
-)  # fmt: skip
-"""Of a replica's entry."""
+_HIDDEN = ("unit", "host", "addresses", "fingerprint")
+"""Of a replica's entry: its unit is known, and how it is reached is nobody's business."""
 
 
 def make_report(model: str, directory: Directory, answers: Sequence[GatewayStatus]) -> dict[str, Any]:
@@ -62,7 +59,9 @@ def _fleet(replicas: list[ReplicaEntry]) -> dict[str, Any]:
         "resident_slices": len({place for replica in replicas for place in replica.slices}),
         "resident_bytes": sum(replica.resident_bytes for replica in replicas),
         "rows": sum(replica.rows for replica in replicas),
-        "replicas": [{key: _plain(getattr(replica, key)) for key in _SHOWN} for replica in replicas],
+        "replicas": [
+            {key: value for key, value in _plain(replica).items() if key not in _HIDDEN} for replica in replicas
+        ],
     }
 
 

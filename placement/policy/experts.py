@@ -52,16 +52,26 @@ class DevicePolicy(Section):
     """Emulated: milliseconds it takes to read a slice's weights once."""
     call_ms: float = Field(default=0.0, ge=0)
     """Emulated: milliseconds that every call takes besides."""
+    speeds: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    """Emulated: how many times faster than these figures devices are; replicas of a unit take them in turn. [1.5, 0.5]
+    makes every other one three times slower."""
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Emulated devices need figures, real ones have their own."""
+        if not self.speeds:
+            yield "speeds", "at least one: remove the key, or give [1.0]"
         figures = {"rows_per_s": self.rows_per_s, "weight_read_ms": self.weight_read_ms}
         if self.kind == "emulated":
             for key, value in figures.items():
                 if value is None:
                     yield key, "an emulated device needs this figure: give one, or take kind: real"
             return
-        for key, value in {**figures, "call_ms": self.call_ms or None}.items():
+        given = {
+            **figures,
+            "call_ms": self.call_ms or None,
+            "speeds": None if self.speeds == (1.0,) else self.speeds[0],
+        }
+        for key, value in given.items():
             if value is not None:
                 yield key, f"{value:g} is a figure of emulated devices: remove it, or add kind: emulated"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from deploy.status import warm_up
 from deploy.status_table import print_status
 
 LAYER = {
@@ -109,3 +110,10 @@ def test_a_forecast_without_a_model_says_so() -> None:
 
 def test_without_a_planner_there_is_nothing_to_show() -> None:
     assert "forecast" not in printed(None)
+
+
+def test_an_emulated_device_is_called_one() -> None:
+    emulated = {**UNIT, "replicas": [{**REPLICA, "device": "emulated (2000 rows/s, 1.5 ms)"}]}
+    assert warm_up({"units": [UNIT]}) == "1 of 2 expert replicas ready"
+    said = warm_up({"units": [emulated]})
+    assert said == "1 of 2 expert replicas ready on emulated (2000 rows/s, 1.5 ms) devices"

@@ -117,6 +117,10 @@ async def test_experts_and_requests_have_figures_of_ours(api: Api) -> None:
     seen = await figures(api)
     assert seen["evermoe:expert_calls_total{replica}"] == 4
     assert seen["evermoe:expert_calls_total{inline}"] == 3
+    assert seen["evermoe:expert_resident_bytes{expert-0}"] == 4096
+    assert seen["evermoe:expert_misses_total"] == 2
+    assert seen["evermoe:emulated_devices"] == 1
+    assert seen["evermoe:inline_resident_bytes"] == 0
     assert seen["evermoe:expert_replicas{expert-0}{planned}"] == 2
     assert seen["evermoe:expert_replicas{expert-0}{ready}"] == 1
     assert seen["evermoe:gateways"] == 1
