@@ -102,7 +102,7 @@ def test_status_shows_every_expert(served: Served) -> None:
     command = [EVERMOE, "status", "--url", served.url]
     wide = {**os.environ, "COLUMNS": "160"}
     table = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
-    assert all(re.search(rf"expert-{e} .*0-3", table) for e in range(8)), table
+    assert all(re.search(rf"expert-{e} .* cpu .* 4/4 ", table) for e in range(8)), table
     report = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     assert [unit["unit"] for unit in report["units"]] == [f"expert-{e}" for e in range(8)]
 
