@@ -60,8 +60,8 @@ class RoundSettings:
 
     method: Method = "evermoe"
     placement: PlacementSettings = field(default_factory=PlacementSettings)
-    """Without `min_copies` and `max_copies`, which follow from the bounds below. Without `max_bytes`, all copies may take
-    what `replicas` of each unit take (one, if none are to start with)."""
+    """Without `min_copies` and `max_copies`, which follow from the bounds below. Without `max_bytes`, all copies may
+    take what `replicas` of each unit take (one, if none are to start with)."""
     replicas: int = 1
     """Of each unit, to start with."""
     min_replicas: int = 0
