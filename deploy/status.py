@@ -27,9 +27,7 @@ def fetch_status(url: str) -> dict[str, Any]:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:
             report = json.load(answer)
     except urllib.error.HTTPError as error:
-        raise StatusError(
-            f"{address} answered {error.code} {error.reason}: is an Evermoe service listening there?"
-        ) from error
+        raise StatusError(f"{address} answered {error.code} {error.reason}: {_said(error)}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise StatusError(
@@ -38,13 +36,29 @@ def fetch_status(url: str) -> dict[str, Any]:
     return dict(report)
 
 
+def _said(error: urllib.error.HTTPError) -> str:
+    """What the service itself says of it."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, LookupError, TypeError, OSError):
+        return "is an Evermoe service listening there?"
+
+
 def warm_up(report: dict[str, Any]) -> str:
     """How many of the planned expert replicas are ready, in words."""
     units = report["units"]
     if any(unit["planned"] is None for unit in units):
         return "expert replicas about to start"
     ready, planned = sum(unit["ready"] for unit in units), sum(unit["planned"] for unit in units)
-    return f"{ready} of {planned} expert replicas ready" if planned else "no expert replicas planned"
+    if not planned:
+        return "no expert replicas planned"
+    return f"{ready} of {planned} expert replicas ready{_emulation(report)}"
+
+
+def _emulation(report: dict[str, Any]) -> str:
+    """What has to be said of devices that are not there."""
+    devices = {replica["device"] for unit in report["units"] for replica in unit["replicas"]}
+    return "".join(f" on {device} devices" for device in sorted(devices) if device.startswith("emulated"))
 
 
 def is_warm(report: dict[str, Any]) -> bool:
@@ -60,13 +74,15 @@ def print_status(report: dict[str, Any], console: Console) -> None:
         f"[bold]{report['model']}[/]: {len(report['gateways'])} gateway(s), {running} running, {waiting} waiting, "
         + warm_up(report)
     )
-    table = Table("unit", "ready/planned", "node", "resident layers", "calls")
+    table = Table("unit", "ready/planned", "node", "resident", "MiB", "calls")
     for unit in report["units"]:
         nodes = sorted({replica["node"][:8] for replica in unit["replicas"]})
-        layers = sorted({layer for replica in unit["replicas"] for layer in replica["layers"]})
+        layers = sorted({layer for replica in unit["replicas"] for layer, _ in replica["slices"]})
+        memory = sum(replica["resident_bytes"] for replica in unit["replicas"]) / (1 << 20)
+        resident = f"layers {_ranges(layers)}" if layers else ""
         calls = ", ".join(f"{path} {count}" for path, count in sorted(unit["calls"].items()))
         planned = "-" if unit["planned"] is None else unit["planned"]
-        cells = (unit["unit"], f"{unit['ready']}/{planned}", " ".join(nodes), _ranges(layers), calls)
+        cells = (unit["unit"], f"{unit['ready']}/{planned}", " ".join(nodes), resident, f"{memory:.1f}", calls)
         table.add_row(*(cell or "-" for cell in cells))
     console.print(table)
     if report.get("forecast") is not None:

@@ -11,20 +11,23 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from experts import kernels
-from experts.ffn import ExpertFFN
 from experts.wire.arena import Arena
 from experts.wire.channel import Call, CallRefusedError
-from gateway.assignment import Part, assign
-from gateway.fleet import DispatchTable, Fleet, Link
+from gateway.assignment import Holders, Part, assign
+from gateway.fleet import Fleet
 from gateway.inline_choice import InlineChoice
+from gateway.inline_experts import Inline
+from gateway.layer_times import LayerTimes
+from gateway.levelling import assign_levelled
 from gateway.step_times import StepTimes
+from gateway.table import DispatchTable, Link
 
 _WAIT_S = 0.2
 """Between two looks whether the gateway ends, while a step waits for replicas."""
@@ -45,7 +48,7 @@ class Dispatcher:
     def __init__(
         self,
         fleet: Fleet,
-        inline: ExpertFFN,
+        inline: Inline,
         experts: int,
         min_rows: int,
         deadline_s: float,
@@ -54,9 +57,12 @@ class Dispatcher:
         may_inline: bool = True,
         times: StepTimes | None = None,
     ) -> None:
-        """`choice` may keep rows here that replicas would compute; without `may_inline` none ever are."""
+        """`choice` learns what rows cost, and may keep some here that replicas would compute; without `may_inline`
+        none ever are.
+        """
         self.calls: collections.Counter[tuple[int, int, str]] = collections.Counter()
         """(layer, expert, path) -> calls; path is ``replica``, ``inline``, ``retry`` or ``hedge``."""
+        self.layer_times = LayerTimes()
         self._fleet = fleet
         self._inline = inline
         self._experts = experts
@@ -66,15 +72,24 @@ class Dispatcher:
         self._may_inline = may_inline
         self._times = times or StepTimes()
         self._stopped = False
+        self._next: Callable[[], None] | None = None
         self._arena: Arena | None = None
         self._seq = itertools.count(1)
-        self._turns = itertools.count(1)
+        self._turns: collections.Counter[int] = collections.Counter()
 
     def __call__(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Run ``hidden [T, H]`` through the experts ``top_k_index [T, K]`` and sum them by ``top_k_weights [T, K]``."""
-        self._times.start()
+        self._take_over()
+        started = self._times.start()
+        summed = self._summed(layer, hidden, top_k_index, top_k_weights)
+        self.layer_times.observe(time.perf_counter() - started)
+        return summed
+
+    def _summed(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         if self._may_inline and not self._fleet.table.links:
             summed = self._mixture(layer, hidden, top_k_index, top_k_weights)
             if summed is not None:
@@ -84,6 +99,22 @@ class Dispatcher:
         self._times.end("combine")
         return summed
 
+    def use(
+        self, inline: Inline, min_rows: int, deadline_s: float, *, choice: InlineChoice | None, may_inline: bool
+    ) -> None:
+        """Go on with other settings from the next layer on; any thread may call it."""
+
+        def change() -> None:
+            self._inline, self._min_rows, self._deadline_s = inline, min_rows, deadline_s
+            self._choice, self._may_inline = choice, may_inline
+
+        self._next = change
+
+    def _take_over(self) -> None:
+        if self._next is not None:
+            change, self._next = self._next, None
+            change()
+
     def _mixture(
         self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor | None:
@@ -91,9 +122,12 @@ class Dispatcher:
         self._times.end("dispatch")
         summed = self._inline.mixture(layer, hidden, index, weights)
         if summed is not None:
-            self._times.end("inline")
-            for expert in np.unique(index.numpy()).tolist():
-                self.calls[layer, expert, "inline"] += 1
+            spent = self._times.end("inline")
+            experts, rows = np.unique(index.numpy(), return_counts=True)
+            parts = [Part(expert, 0, count) for expert, count in zip(experts.tolist(), rows.tolist(), strict=True)]
+            self._count(layer, parts, "inline")
+            if self._choice is not None:
+                self._choice.was_here(parts, spent)
         return summed
 
     def _rows(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +137,7 @@ class Dispatcher:
         counts = np.bincount(choice, minlength=self._experts).tolist()
         remote, inline = self._assign(layer, counts, frozenset())
         if remote and self._choice is not None and self._choice.here([parts for _, parts in remote], inline):
-            remote, inline = assign(counts, lambda expert: (), self._min_rows, 0)
+            remote, inline = assign(counts, lambda expert: _NOBODY, self._min_rows, 0)
         if not remote and len(hidden) == 1:
             return self._single_row(layer, hidden, choice.tolist()), torch.arange(top_k)
         order = np.argsort(choice, kind="stable")
@@ -120,11 +154,20 @@ class Dispatcher:
         self, layer: int, counts: list[int], avoid: frozenset[str]
     ) -> tuple[list[tuple[Link, list[Part]]], list[Part]]:
         table = self._fleet.table
-        remote, inline = assign(counts, lambda e: _usable(table, layer, e, avoid), self._min_rows, next(self._turns))
+        self._turns[layer] += 1
+        remote, inline = self._shared(table, counts, lambda e: _usable(table, layer, e, avoid), self._turns[layer])
         if inline and not self._may_inline:
             self._wait_for_replicas(layer, inline)
+            self._take_over()
             return self._assign(layer, counts, frozenset())
         return remote, inline
+
+    def _shared(
+        self, table: DispatchTable, counts: list[int], holders: Callable[[int], Holders[Link]], turn: int
+    ) -> tuple[list[tuple[Link, list[Part]]], list[Part]]:
+        if table.levelled:
+            return assign_levelled(counts, holders, lambda link: link.pace(self._min_rows), turn)
+        return assign(counts, holders, self._min_rows, turn)
 
     def _wait_for_replicas(self, layer: int, parts: list[Part]) -> None:
         """Return when replicas came or went; raise NoReplicaError when this gateway ends."""
@@ -197,8 +240,6 @@ class Dispatcher:
         return failed
 
     def _inline_rows(self, layer: int, rows: torch.Tensor, parts: list[Part]) -> torch.Tensor:
-        for expert in {p.expert for p in parts} - self._inline.loaded:
-            self._inline.load(expert)
         self._count(layer, parts, "inline")
         self._times.end("dispatch")
         results = torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -261,6 +302,7 @@ class Dispatcher:
         self._arena = arena
 
 
+_NOBODY: Holders[Link] = Holders.of([])
 _Sent = tuple[Link, Call]
 _Index = npt.NDArray[np.int64]
 
@@ -295,9 +337,9 @@ class _Batch:
             out.copy_(self.hidden.index_select(0, index.to(self.hidden.device)))
 
 
-def _usable(table: DispatchTable, layer: int, expert: int, avoid: frozenset[str]) -> Sequence[Link]:
-    links = table.copies(layer, expert)
-    return [link for link in links if link.entry.id not in avoid] if avoid else links
+def _usable(table: DispatchTable, layer: int, expert: int, avoid: frozenset[str]) -> Holders[Link]:
+    holders = table.holders(layer, expert)
+    return holders.only(lambda link: link.entry.id not in avoid) if avoid else holders
 
 
 def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

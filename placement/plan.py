@@ -30,6 +30,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     None: every replica holds its whole unit, and rows are spread evenly.
     """
+    levelled: bool = False
+    """Whether gateways level the rows of each step over the copies with a share, rather than keep to the shares."""
     reason: str
     """Of the whole, for the operator, in words."""
     reasons: dict[str, str] = {}

@@ -13,6 +13,7 @@ import numpy as np
 
 from placement.arrays import Bools, Ints
 from placement.baselines import moeless
+from placement.baselines.static import static
 from placement.cost import Speed
 from placement.counts import Counts
 from placement.fleet import Fleet
@@ -79,10 +80,9 @@ class Round:
         reasons = unit_reasons(grid, demand, wish, counts, idle_s, settings)
         kept = fleet.oldest(counts)
         problem = kept.problem(demand, planned)
-        decided = _place(problem, wish, kept.counts[grid.unit])
+        decided = static(problem) if settings.method == "static" else _place(problem, wish, kept.counts[grid.unit])
         reason = whole_reason(grid, problem, decided, counts, settings, quiet=quiet)
-        copies = None if settings.method == "static" else self._residency(decided, fleet, kept)
-        return self._publish(load.now_s, counts, copies, reason, reasons)
+        return self._publish(load.now_s, counts, self._residency(decided, fleet, kept), reason, reasons)
 
     def _follow(self, now_s: float, wish: Wish, idle: Bools, *, hold: bool) -> Ints:
         """[U] replicas from now on. Where nothing runs they `hold`, until their unit has been `idle` [U] for long."""
@@ -115,7 +115,15 @@ class Round:
         asked = {unit.name: int(count) for unit, count in zip(self._grid.units, counts, strict=True)}
         if last is None or last.replicas != asked or not _alike(last.copies, copies):
             epoch = last.epoch + 1 if last else 1
-            last = Plan(epoch=epoch, replicas=asked, copies=copies, reason=reason, reasons=reasons, made_at=now_s)
+            last = Plan(
+                epoch=epoch,
+                replicas=asked,
+                copies=copies,
+                levelled=self._settings.elastic,
+                reason=reason,
+                reasons=reasons,
+                made_at=now_s,
+            )
             self._last = last
         return last
 

@@ -54,7 +54,7 @@ class ExpertServer:
         if tcp_host is not None:
             self._listeners.append(sockets.listen_tcp(tcp_host))
         self._connections: set[socket.socket] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._threads = [
             threading.Thread(target=self._accept, args=(listener,), daemon=True, name="expert-accept")
             for listener in self._listeners
@@ -75,6 +75,11 @@ class ExpertServer:
         """Gateways connected now."""
         with self._lock:
             return len(self._connections)
+
+    def drain(self, patience_s: float) -> bool:
+        """Answer until all gateways have hung up, at most `patience_s` seconds; whether they have."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._connections, patience_s)
 
     def __enter__(self) -> ExpertServer:
         for thread in self._threads:
@@ -133,6 +138,7 @@ class ExpertServer:
         finally:
             with self._lock:
                 self._connections.discard(sock)
+                self._lock.notify_all()
 
 
 class _Connection:

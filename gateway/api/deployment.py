@@ -21,8 +21,9 @@ from gateway.api.listener import listening
 from gateway.api.served_model import ApiConfig
 from gateway.link.pool import GatewayPool
 from gateway.messages import GatewayStatus
-from placement import forecast, plan
-from recovery.directory import START_S, Directory, GatewayEntry
+from placement import forecast, plan, warm_pool
+from recovery.directory import START_S, Directory, GatewayEntry, ReplicaEntry
+from recovery.policies import read_policy
 
 STOP_S = 10.0
 """What a replica has to end after its last request."""
@@ -83,6 +84,9 @@ class ApiReplica:
         entries = {entry.id: entry for entry in self._directory.gateways()}
         return {
             "model": self._config.model_name,
+            "directory": {"namespace": self._directory.namespace, "socket": self._socket()},
+            "policy": self._policy(),
+            "warm_pool": self._warm_pool(),
             "forecast": self._forecast(),
             "gateways": [
                 {
@@ -97,17 +101,27 @@ class ApiReplica:
                 {
                     "unit": unit,
                     "planned": planned.get(unit),
-                    "ready": sum(replica.unit == unit for replica in replicas),
-                    "replicas": [
-                        {"id": r.id, "pid": r.pid, "node": r.node, "experts": r.experts, "layers": r.layers}
-                        for r in replicas
-                        if r.unit == unit
-                    ],
+                    "ready": sum(replica.unit == unit and not replica.draining for replica in replicas),
+                    "replicas": [_told(replica) for replica in replicas if replica.unit == unit],
                     "calls": _sum([answer.expert_calls.get(unit, {}) for answer in answers]),
                 }
                 for unit in _ordered({unit for answer in answers for unit in answer.expert_calls} | planned.keys())
             ],
         }
+
+    def _socket(self) -> str | None:
+        """Where the directory's Redis is, if only this host reaches it: other addresses may hold a password."""
+        return self._directory.url if self._directory.url.startswith("unix:") else None
+
+    def _policy(self) -> dict[str, Any] | None:
+        """Which policy the service should go by."""
+        published = read_policy(self._directory)
+        return None if published is None else {"version": published.version, "made_at": published.made_at}
+
+    def _warm_pool(self) -> dict[str, Any] | None:
+        """Workers that wait for replicas; None where nobody looks after any."""
+        document = self._directory.read(warm_pool.DOCUMENT)
+        return None if document is None else dict(msgspec.to_builtins(warm_pool.decode(document)))
 
     def _forecast(self) -> dict[str, Any] | None:
         """What the planner expects; None where there is none."""
@@ -141,6 +155,12 @@ def api_deployment(
     )
     config = replace(config, request_ids=listen is not None)  # the proxy answers with its own
     return deployment.bind(config, fingerprint, redis_url, namespace, listen, nodes)
+
+
+def _told(replica: ReplicaEntry) -> dict[str, Any]:
+    """A replica's entry, without how it is reached."""
+    entry: dict[str, Any] = msgspec.to_builtins(replica)
+    return {name: value for name, value in entry.items() if name not in ("unit", "host", "addresses", "fingerprint")}
 
 
 def _sum(counts: list[dict[str, int]]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from deploy.status import print_status
+from deploy.status import print_status, warm_up
 
 LAYER = {
     "layer": 3,
@@ -52,3 +52,28 @@ def test_a_forecast_without_a_model_says_so() -> None:
 
 def test_without_a_planner_there_is_nothing_to_show() -> None:
     assert "forecast" not in printed(None)
+
+
+def replica(**figures: Any) -> dict[str, Any]:
+    plain = {"node": "0123456789", "slices": [[3, 0], [4, 0]], "device": "cpu", "resident_bytes": 3 << 19}
+    return {**plain, **figures}
+
+
+def status(*replicas: dict[str, Any]) -> dict[str, Any]:
+    unit = {"unit": "expert-0", "planned": 2, "ready": len(replicas), "replicas": list(replicas), "calls": {}}
+    return {"model": "m", "gateways": [], "units": [unit], "forecast": None}
+
+
+def test_a_unit_shows_what_its_replicas_hold() -> None:
+    text = io.StringIO()
+    print_status(status(replica(), replica(slices=[[5, 0]])), Console(file=text, width=150))
+    [row] = [line for line in text.getvalue().splitlines() if "expert-0" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "expert-0", "2/2", "01234567", "layers 3-5", "3.0", "-",
+    ]  # fmt: skip
+
+
+def test_an_emulated_device_is_called_one() -> None:
+    assert warm_up(status(replica())) == "1 of 2 expert replicas ready"
+    said = warm_up(status(replica(device="emulated (2000 rows/s, 1.5 ms)")))
+    assert said == "1 of 2 expert replicas ready on emulated (2000 rows/s, 1.5 ms) devices"

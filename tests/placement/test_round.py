@@ -422,8 +422,9 @@ def test_static_means_static() -> None:
     subject = rounds(settings(method="static", replicas=2))
     plan = subject.decide(load(0, HOT), one_each(), INLINE)
     assert set(plan.replicas.values()) == {2}
-    assert plan.copies is None
-    assert subject.decide(load(1, np.zeros(4), 1e6), [], INLINE) is plan
+    assert plan.copies is not None
+    assert all(copy.share == 1 for held in plan.copies.values() for copy in held)
+    assert subject.decide(load(1, np.zeros(4), 1e6), one_each(), INLINE) is plan
 
 
 def test_a_method_that_lacks_the_memory_says_so() -> None:

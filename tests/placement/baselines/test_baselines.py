@@ -89,3 +89,19 @@ def test_the_oracle_plans_for_what_comes() -> None:
     then = dataclasses.replace(given(), demand=after)
     known, guessed = oracle(given(), after, free), plan(given(), free)
     assert judge(then, known).layer_s.sum() < 0.8 * judge(then, guessed).layer_s.sum()
+
+
+def test_static_deals_the_experts_of_a_unit_to_its_devices() -> None:
+    rows = np.ones((1, 4))
+    for devices, expected in ((2, [0, 1, 0, 1]), (4, [0, 1, 2, 3])):
+        copies = static(problem(rows, [4] * devices)).copies
+        assert copies.device.tolist() == expected
+    copies = static(problem(rows, [4] * 8)).copies
+    assert [copies.device[copies.expert == expert].tolist() for expert in range(4)] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert copies.share.tolist() == [0.5] * 8
+
+
+def test_static_keeps_to_units() -> None:
+    unit = np.array([[0, 0, 1, 1]])
+    found = static(problem(np.ones((1, 4)), [4] * 3, device_unit=[0, 1, 1], unit=unit)).copies
+    assert list(zip(found.expert.tolist(), found.device.tolist(), strict=True)) == [(0, 0), (1, 0), (2, 1), (3, 2)]
