@@ -46,7 +46,7 @@ MIX = (8, 64, 16, 8)
 TOPICS = 5
 DEVICE = Speed(read_s=0.2e-3, row_s=20e-6)
 """Ten rows take what reading the weights takes."""
-LIVE = PlacementSettings(spread_above=None, imbalance=1.05, repairs=12)
+LIVE = PlacementSettings(spread_above=None, imbalance=1.05)
 CLOSE = PlacementSettings(spread_above=None, imbalance=1.0, repairs=12)
 THOROUGH = PlacementSettings(spread_above=None, imbalance=1.0, repairs=64)
 BARS = {"ms": 50.0, "bound": 1.05, "eplb": 1.0, "moves": 0.5}

@@ -18,8 +18,6 @@ from placement.scaler import Scale
 from placement.swap import swap
 from placement.table import Table
 
-_LAYERS = 30
-"""Layers that are relieved at a time: those furthest above what is good enough."""
 _WORTH = 5e-4
 """Less than this part of the busiest device's seconds is not worth a move."""
 _ALIKE = 1e-3
@@ -111,13 +109,11 @@ class Repair:
         return np.where(self._level > self._table.call_s, self._level, 0.0)
 
     def _high(self) -> Ints:
-        """Layers that are furthest from good enough and may be helped."""
+        """Layers that are not good enough and may be helped."""
         used = self._used()
         top = used.max(axis=1, initial=0.0)
         untried = ((used > top[:, None] * (1 - _ALIKE)) & ~self._tired).any(axis=1)
-        over = np.where(untried, top - self._limits.goal * (1 + _WORTH), 0.0)
-        layers = np.argsort(-over, kind="stable")[:_LAYERS]
-        return np.sort(layers[over[layers] > 0])
+        return np.flatnonzero(untried & (top > self._limits.goal * (1 + _WORTH)))
 
     def _busy(self, layers: Ints) -> _Busy:
         """The busiest device of each layer.

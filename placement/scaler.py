@@ -19,7 +19,7 @@ from placement.problem import Problem, copy_counts
 from placement.settings import GIB, PlacementSettings
 from placement.work import most_parts, work_seconds
 
-_HALVINGS = 50
+_HALVINGS = 30
 _FINE = 0.4
 """Copies are split down to this part of the layer's mean ..."""
 _GRAIN = 0.15
