@@ -18,17 +18,17 @@ pytestmark = pytest.mark.ray
 
 POLICY = """
 experts:
-  unit: {experts: 4}
+  replicas: 0
   max_replicas: 2
   device: {kind: emulated, rows_per_s: 4000, weight_read_ms: 0.5}
   min_rows_per_replica: 1
 predictor: {interval_s: 0.2, horizon_s: 1, train: false}
-planner: {interval_s: 0.2, memory_mib: 13.6, idle_to_zero_s: 4, cool_down_s: 1}
+planner: {interval_s: 0.2, memory_mib: 27.1, idle_to_zero_s: 4, cool_down_s: 1}
 """
 """Memory for all 32 slices, and second copies of four."""
 
 FIRST, SECOND = 3100, 93
-"""Of a prompt that repeats either of these tokens, seven of eight rows go to experts 0-3, or to experts 4-7."""
+"""Of a prompt that repeats either of these tokens, seven of eight rows go to experts 0-3, or seven to experts 4-7."""
 
 
 @pytest.fixture(scope="module")
@@ -57,30 +57,32 @@ def load(served: Served, token: int) -> Iterator[None]:
         thread.join()
 
 
-def replicas(served: Served) -> tuple[int, ...]:
-    return tuple(unit["ready"] for unit in served.status()["units"])
+def replicas(served: Served) -> list[int]:
+    return [unit["ready"] for unit in served.status()["units"]]
 
 
-def has(served: Served, counts: tuple[int, ...]) -> bool:
-    return replicas(served) == counts
+def leads(served: Served, *, first: bool) -> bool:
+    """Whether experts 0-3 have more replicas than experts 4-7, or the other way round."""
+    counts = replicas(served)
+    one, other = sum(counts[:4]), sum(counts[4:])
+    return one > other if first else other > one
 
 
 def test_replicas_follow_the_load_and_the_answer_stays_the_same(served: Served) -> None:
-    expected = served.stream(600)
+    expected = served.stream(400)
     texts: list[str] = []
     ended = threading.Event()
 
     def client() -> None:
         while not ended.is_set():
-            texts.append(served.stream(600))
+            texts.append(served.stream(400))
 
-    eventually(lambda: replicas(served) == (1, 1), 60, "it starts with one replica each")
     streaming = threading.Thread(target=client)
     streaming.start()
     try:
-        for token, counts in ((FIRST, (2, 1)), (SECOND, (1, 2)), (FIRST, (2, 1))):
+        for token in (FIRST, SECOND, FIRST):
             with load(served, token):
-                eventually(partial(has, served, counts), 90, f"replicas are {counts}")
+                eventually(partial(leads, served, first=token == FIRST), 100, f"replicas follow token {token}")
     finally:
         ended.set()
         streaming.join()
@@ -91,10 +93,10 @@ def test_replicas_follow_the_load_and_the_answer_stays_the_same(served: Served) 
 
 def test_idle_experts_go_to_zero_and_come_back_without_a_wait(served: Served) -> None:
     expected = served.stream(40)
-    eventually(lambda: replicas(served) == (0, 0), 60, "idle experts go")
+    eventually(lambda: not any(replicas(served)), 60, "idle experts go")
     inline = served.calls()["inline"]
     assert served.stream(40) == expected
     assert served.calls()["inline"] > inline, "nobody waited for a replica"
     with load(served, FIRST):
-        eventually(lambda: replicas(served)[0] > 0, 60, "they come back")
+        eventually(lambda: any(replicas(served)), 60, "they come back")
     assert served.stream(40) == expected
