@@ -119,7 +119,7 @@ class WarmPool:
 
 def start_worker() -> None:
     """Ask this host's Ray for one more idle worker; raise RuntimeError where it does not take such a call."""
-    import grpc  # type: ignore[import-untyped]
+    import grpc
     import ray
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated.common_pb2 import PYTHON
