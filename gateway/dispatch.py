@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -54,10 +55,11 @@ class Dispatcher:
         *,
         choice: InlineChoice | None = None,
         may_inline: bool = True,
+        wait_when_lost: bool = False,
         times: StepTimes | None = None,
     ) -> None:
         """`choice` learns what rows cost, and may keep some here that replicas would compute; without `may_inline`
-        none ever are.
+        none ever are, and with `wait_when_lost` none whose last replica failed.
         """
         self.calls: collections.Counter[tuple[int, int, str]] = collections.Counter()
         """(layer, expert, path) -> calls; path is ``replica``, ``inline``, ``retry`` or ``hedge``."""
@@ -69,6 +71,7 @@ class Dispatcher:
         self._deadline_s = deadline_s
         self._choice = choice
         self._may_inline = may_inline
+        self._wait_when_lost = wait_when_lost
         self._times = times or StepTimes()
         self._stopped = False
         self._next: Callable[[], None] | None = None
@@ -89,7 +92,7 @@ class Dispatcher:
     def _summed(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        if self._may_inline and not self._fleet.table.links:
+        if self._may_inline and not self._fleet.table.links and not (self._wait_when_lost and self._fleet.lost):
             summed = self._mixture(layer, hidden, top_k_index, top_k_weights)
             if summed is not None:
                 return summed
@@ -99,13 +102,20 @@ class Dispatcher:
         return summed
 
     def use(
-        self, inline: Inline, min_rows: int, deadline_s: float, *, choice: InlineChoice | None, may_inline: bool
+        self,
+        inline: Inline,
+        min_rows: int,
+        deadline_s: float,
+        *,
+        choice: InlineChoice | None,
+        may_inline: bool,
+        wait_when_lost: bool = False,
     ) -> None:
         """Go on with other settings from the next layer on; any thread may call it."""
 
         def change() -> None:
             self._inline, self._min_rows, self._deadline_s = inline, min_rows, deadline_s
-            self._choice, self._may_inline = choice, may_inline
+            self._choice, self._may_inline, self._wait_when_lost = choice, may_inline, wait_when_lost
 
         self._next = change
 
@@ -148,14 +158,23 @@ class Dispatcher:
     def _assign(
         self, layer: int, counts: list[int], avoid: frozenset[str]
     ) -> tuple[list[tuple[Link, list[Part]]], list[Part]]:
-        table = self._fleet.table
-        self._turns[layer] += 1
-        remote, inline = self._shared(table, counts, lambda e: _usable(table, layer, e, avoid), self._turns[layer])
-        if inline and not self._may_inline:
+        while True:
+            table = self._fleet.table
+            self._turns[layer] += 1
+            holders = partial(_usable, table, layer, avoid=avoid)
+            remote, inline = self._shared(table, counts, holders, self._turns[layer])
+            if not self._must_wait(layer, inline):
+                return remote, inline
             self._wait_for_replicas(layer, inline)
             self._take_over()
-            return self._assign(layer, counts, frozenset())
-        return remote, inline
+            avoid = frozenset()
+
+    def _must_wait(self, layer: int, inline: list[Part]) -> bool:
+        """Whether rows that no replica takes are not for the gateway either."""
+        if not self._may_inline:
+            return bool(inline)
+        lost = self._fleet.lost if self._wait_when_lost else {}
+        return bool(lost) and any((layer, part.expert) in lost for part in inline)
 
     def _shared(
         self, table: DispatchTable, counts: list[int], holders: Callable[[int], Holders[Link]], turn: int

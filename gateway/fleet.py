@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import statistics
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from experts.wire.channel import Channel
 from experts.wire.sockets import host_id
-from gateway.table import DispatchTable, Link
+from gateway.table import DispatchTable, Link, Slice
 from placement.cost import Speed
 from recovery.directory import Directory, ReplicaEntry
 from recovery.lease import Watcher
@@ -29,6 +30,8 @@ class Fleet:
 
     def __init__(self, directory: Directory, secret: bytes, fingerprint: str) -> None:
         self.table = DispatchTable({}, {})
+        self.lost: Mapping[Slice, str] = {}
+        """Slices whose last replica failed, while the plan still has some for their unit, which is named."""
         self._directory = directory
         self._secret = secret
         self._fingerprint = fingerprint
@@ -57,6 +60,7 @@ class Fleet:
         link.channel.close()
         with self._lock:
             if self.table.links.get(link.entry.id) is link:
+                self._lose([link])
                 self._publish({name: each for name, each in self.table.links.items() if each is not link})
 
     def wait(self, timeout_s: float) -> None:
@@ -74,9 +78,11 @@ class Fleet:
 
     def _refresh(self) -> None:
         stale = self._plans.refresh()
-        listed = {entry.id: entry for entry in self._directory.replicas() if not entry.draining}
+        entries = {entry.id: entry for entry in self._directory.replicas()}
+        listed = {name: entry for name, entry in entries.items() if not entry.draining}
         with self._lock:
             self._listed = listed
+            self._lose([link for name, link in self.table.links.items() if name not in entries])
             links = {name: link for name, link in self.table.links.items() if name in listed}
             stale |= len(links) < len(self.table.links)
             for name, link in links.items():
@@ -115,7 +121,18 @@ class Fleet:
                 return address
         raise OSError(f"no address of {entry.addresses} can be reached from this host")
 
+    def _lose(self, links: list[Link]) -> None:
+        """With the lock held: these failed, or went without a word."""
+        if links:
+            self.lost = {**self.lost, **{place: link.entry.unit for link in links for place in link.entry.slices}}
+
     def _publish(self, links: dict[str, Link]) -> None:
         """With the lock held: swap the table."""
         self.table = DispatchTable.of(links, self._plans.plan)
+        planned = {} if self._plans.plan is None else self._plans.plan.replicas
+        self.lost = {
+            place: unit
+            for place, unit in self.lost.items()
+            if planned.get(unit, 1) and not self.table.holders(*place).replicas
+        }
         self._lock.notify_all()

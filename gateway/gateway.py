@@ -231,6 +231,7 @@ class Gateway:
             policy.gateway.call_deadline_s,
             choice=inline.costs,
             may_inline=inline.may_compute,
+            wait_when_lost=policy.experts.on_loss == "wait",
             times=self._times,
         )  # fmt: skip
         self._exits.callback(dispatcher.close)

@@ -38,7 +38,7 @@ class InlineMode:
             self.load()
         dispatcher.use(
             self.experts, policy.experts.min_rows_per_replica, policy.gateway.call_deadline_s,
-            choice=self.costs, may_inline=self.may_compute,
+            choice=self.costs, may_inline=self.may_compute, wait_when_lost=policy.experts.on_loss == "wait",
         )  # fmt: skip
 
     def load(self) -> None:

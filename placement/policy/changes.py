@@ -11,6 +11,7 @@ from placement.policy.section import Section
 
 LIVE = (
     "experts.replicas", "experts.min_replicas", "experts.max_replicas", "experts.min_rows_per_replica",
+    "experts.on_loss",
     "gateway.max_waiting", "gateway.inline", "gateway.call_deadline_s",
     "predictor.interval_s", "predictor.horizon_s", "predictor.train", "planner", "overrides",
 )  # fmt: skip

@@ -361,3 +361,25 @@ def test_a_step_that_waits_for_replicas_goes_on_when_the_gateway_may_compute(mak
     cluster.dispatcher.use(cluster.inline, 1, 5.0, choice=None, may_inline=True)
     waiting.join(10)
     assert not waiting.is_alive()
+
+
+def test_rows_of_a_lost_expert_wait_for_another_replica_where_the_policy_says_so(make: Callable[..., Cluster]) -> None:
+    cluster = make()
+    cluster.dispatcher.use(
+        cluster.inline, 1, 5.0, choice=None, may_inline=True, wait_when_lost=True,  # type: ignore[arg-type]
+    )  # fmt: skip
+    cluster.check()
+    assert cluster.inline.rows > 0, "what never had a replica is not lost"
+    server = cluster.add("a", range(EXPERTS))
+    cluster.check()
+    computed = cluster.inline.rows
+    server.__exit__(None, None, None)
+    waiting = threading.Thread(target=cluster.check)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    cluster.add("b", range(EXPERTS))
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert cluster.inline.rows == computed
+    assert not cluster.fleet.lost
