@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -80,8 +78,8 @@ def traffic(seconds: float) -> list[Request]:
 class Bench:
     """One service that is taken through methods."""
 
-    def __init__(self, service: Service, folder: Path) -> None:
-        self.service, self.folder = service, folder
+    def __init__(self, service: Service) -> None:
+        self.service = service
 
     def wait(self) -> None:
         """Until all replicas are there."""
@@ -89,21 +87,6 @@ class Bench:
         self.service.first_token()
         while not self.service.replicas_ready(seen):
             time.sleep(0.5)
-        time.sleep(_SETTLE_S)
-
-    def apply(self, document: dict[str, Any]) -> None:
-        """Change the policy as an operator does."""
-        file = self.folder / "policy.yaml"
-        file.write_text(yaml.safe_dump(document))
-        command = [
-            str(Path(sys.executable).parent / "evermoe"),
-            "policy",
-            "apply",
-            str(file),
-            "--url",
-            self.service.url,
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         time.sleep(_SETTLE_S)
 
     def measure(self, requests: Sequence[Request]) -> Layers:
@@ -140,11 +123,12 @@ def compare(speeds: Sequence[float], methods: Sequence[str], requests: Sequence[
             file.write_text(yaml.safe_dump(of(part[0])))
             more = ["--record", str(record)] if turn == 0 and len(turns) > 1 else []
             with serving(["--policy", str(file), *more], cache_dir()) as service:
-                bench = Bench(service, folder)
+                bench = Bench(service)
                 bench.wait()
                 for number, method in enumerate(part):
                     if number:
-                        bench.apply(of(method))
+                        service.apply(of(method))
+                        time.sleep(_SETTLE_S)
                     found[method] = bench.measure(requests)
                     print(_line(method, found[method], found), flush=True)
     return found

@@ -18,6 +18,7 @@ from experts.manifest import SliceForm
 from experts.mapped import trim
 from experts.matrix import FastMatrix, PlainMatrix, packable
 from experts.store import ExpertStore
+from experts.tally import Tally
 
 _ACTIVATIONS = {"silu": F.silu}
 
@@ -65,6 +66,8 @@ class ExpertFFN:
         self._wholes: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         """Layer -> both weights of all its experts, where all are loaded and the kernel takes them."""
         self._changing = threading.Lock()
+        self.tally = Tally()
+        """Of calls answered by `serve`."""
         self._modules = {} if self._form.activation else _experts_modules(store)
 
     @property
@@ -89,10 +92,13 @@ class ExpertFFN:
 
     def unload(self, slices: Collection[tuple[int, int]]) -> None:
         """Let go of the weights of those `slices` that are loaded; calls under way keep theirs until they end."""
+        if not slices:
+            return
         with self._changing:
             gone = [self._slices.pop((layer, expert), None) for layer, expert in slices]
             for layer, _ in slices:
                 self._wholes.pop(layer, None)
+            self.tally.change()
         if not any(weights is not None for weights in gone):
             return
         gone.clear()
@@ -156,6 +162,19 @@ class ExpertFFN:
             self._wholes[layer] = [s.up.weight for s in every], [s.down.weight for s in every]
             return self._wholes[layer]
 
+    def serve(self, descriptor: int, arena: int, memory: torch.Tensor) -> None:
+        """Answer calls of slices that are loaded, as they come on a descriptor, until others are; see `kernels.serve`.
+
+        Nothing happens where the compiled kernel does not compute them.
+        """
+        stamp = self.tally.stamp
+        slices = dict(self._slices)
+        dtype = getattr(torch, self._store.manifest.dtype)
+        sample = torch.empty(1, self._store.manifest.hidden_size, dtype=dtype)
+        if slices and all(self._fuses(weights, sample) for weights in slices.values()):
+            up, down = [w.up.weight for w in slices.values()], [w.down.weight for w in slices.values()]
+            kernels.serve(descriptor, arena, memory, slices, up, down, self.tally.numbers, stamp)
+
     def _compute(
         self, layer: int, counts: list[int], weights: list[SliceWeights], rows: torch.Tensor, out: torch.Tensor
     ) -> None:
@@ -202,6 +221,7 @@ class ExpertFFN:
             weights.up.make_ready()
             weights.down.make_ready()
         with self._changing:
+            self.tally.change()
             return self._slices.setdefault((layer, expert), weights)
 
 

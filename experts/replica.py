@@ -16,12 +16,12 @@ import msgspec
 import torch
 
 from experts import kernels
-from experts.device import make_device
+from experts.device import RealDevice, make_device
 from experts.ffn import ExpertFFN
 from experts.residency import Residency, wanted
 from experts.store import ExpertStore
 from experts.wire.frame import Segment
-from experts.wire.server import ExpertServer, NotServedError
+from experts.wire.server import ExpertServer, NotServedError, Shortcut
 from experts.wire.sockets import host_id
 from placement.cost import Speed, SpeedFit
 from placement.policy import ExpertPolicy
@@ -77,7 +77,9 @@ class Replica:
         self._follow()
         self._exits.enter_context(self._residency)
         self._server = self._exits.enter_context(
-            ExpertServer(self.compute, directory.secret(), manifest.fingerprint, node_ip, policy.threads)
+            ExpertServer(
+                self.compute, directory.secret(), manifest.fingerprint, node_ip, policy.threads, self._shortcut()
+            )
         )
         entry = ReplicaEntry(
             id=name,
@@ -120,6 +122,10 @@ class Replica:
             self._rows += len(rows)
             self._misses += misses
 
+    def _shortcut(self) -> Shortcut | None:
+        """Calls are answered without Python, unless the device is only emulated."""
+        return self._ffn.serve if isinstance(self._device, RealDevice) else None
+
     def close(self) -> None:
         """Tell gateways to go, answer until they have, then give the lease back and hang up."""
         if self._lease is not None:
@@ -138,6 +144,9 @@ class Replica:
             )
 
     def _figures(self, entry: ReplicaEntry) -> ReplicaEntry:
+        for call in self._ffn.tally.latest():
+            self._fit.observe([-(-call.rows // call.segments)] * call.segments, call.seconds)
+        busy_s, calls, rows = self._ffn.tally.totals()
         speed = self._fit.speed
         with self._lock:
             return msgspec.structs.replace(
@@ -145,8 +154,8 @@ class Replica:
                 resident_bytes=self._ffn.resident_bytes,
                 read_s=None if speed is None else speed.read_s,
                 row_s=None if speed is None else speed.row_s,
-                busy_s=self._busy_s,
-                calls=self._calls,
-                rows=self._rows,
+                busy_s=self._busy_s + busy_s,
+                calls=self._calls + calls,
+                rows=self._rows + rows,
                 misses=self._misses,
             )

@@ -67,8 +67,12 @@ class Residency:
 
     def want(self, slices: Iterable[Slice]) -> None:
         """Hold these from now on, the first ones first where there is no room for all. Any thread."""
+        goal = list(slices)
+        if self._room is not None and len(goal) > self._room:
+            log.warning("%d slices are wanted here, there is memory for %d", len(goal), self._room)
+            goal = goal[: self._room]
         with self._changed:
-            self._wanted = list(slices)
+            self._wanted = goal
             self._following = True
             self._changed.notify()
 
@@ -98,7 +102,7 @@ class Residency:
             return not self._stopped
 
     def _round(self) -> None:
-        goal = self._goal()
+        goal = self._wanted
         self._note_unwanted(set(goal))
         self._tell(goal)
         missing = self._load(goal)
@@ -107,13 +111,6 @@ class Residency:
             with self._changed:
                 self._changed.wait_for(lambda: self._following or self._stopped, _TIGHT_GRACE_S / 4)
                 self._following = True
-
-    def _goal(self) -> list[Slice]:
-        goal = self._wanted
-        if self._room is not None and len(goal) > self._room:
-            log.warning("the plan wants %d slices here, there is memory for %d", len(goal), self._room)
-            goal = goal[: self._room]
-        return goal
 
     def _note_unwanted(self, goal: set[Slice]) -> None:
         now = time.monotonic()

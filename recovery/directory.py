@@ -172,7 +172,7 @@ class Directory:
 
     def number(self, series: str) -> int:
         """The next number of a named series, from 0 on."""
-        return cast(int, self._redis.incr(self._key("number", series))) - 1
+        return self._redis.incr(self._key("number", series)) - 1
 
     def append(self, stream: str, value: bytes, *, keep: int) -> None:
         """Add to a named stream, of which about the last `keep` values are kept."""

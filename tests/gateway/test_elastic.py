@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
 
+from experts import kernels
 from experts.ffn import ExpertFFN
 from experts.replica import Replica
 from experts.store import ExpertStore, prepare
@@ -34,6 +36,7 @@ class Noted(Replica):
     """A replica that notes when it computed what."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        self.name: str = options["name"]
         self.seen: list[tuple[float, int, tuple[Segment, ...]]] = []
         super().__init__(*args, **options)
 
@@ -86,6 +89,10 @@ class House:
     def entry(self, name: str) -> ReplicaEntry | None:
         return next((entry for entry in self.directory.replicas() if entry.id == name), None)
 
+    def figure(self, name: str, field: str) -> Any:
+        """What an entry says; None without one."""
+        return getattr(self.entry(name), field, None)
+
     def resident(self, name: str) -> set[tuple[int, int]]:
         return set(self.fleet.table.links[name].entry.slices)
 
@@ -104,6 +111,10 @@ class House:
 
     def calls(self, path: str) -> int:
         return sum(count for (_, _, taken), count in self.dispatcher.calls.items() if taken == path)
+
+    def forget(self) -> None:
+        """Let go of the reference's own experts."""
+        self._reference.unload(self._reference.loaded)
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[list[float]]:
@@ -149,6 +160,18 @@ def everything(store: ExpertStore) -> dict[tuple[int, int], float]:
     return dict.fromkeys(store.slices, 1.0)
 
 
+def wait_until_alone(house: House, name: str) -> None:
+    def alone() -> bool:
+        holders = [house.fleet.table.holders(*slice_).replicas for slice_ in house.store.slices]
+        return all([link.entry.id for link in links] == [name] for links in holders)
+
+    eventually(alone)
+
+
+def wait_for(ended: list[float], layers: int) -> None:
+    eventually(lambda: len(ended) >= layers)
+
+
 SLOW = ExpertPolicy(device=DevicePolicy(kind="emulated", rows_per_s=1e6, weight_read_ms=2.0))
 
 
@@ -175,8 +198,7 @@ def test_a_plan_says_which_replica_holds_and_runs_what(house: House, everything:
     assert mine / (mine + b.rows()) == pytest.approx(0.25, abs=0.03)
     assert house.calls("inline") > 0  # experts 2 and 3 are planned nowhere
     eventually(lambda: a._ffn.loaded == {(layer, 0), (layer, 1)}, 5.0)
-    eventually(lambda: (entry := house.entry("a")) is not None
-               and entry.resident_bytes == 2 * house.store.manifest.slice_bytes)  # fmt: skip
+    eventually(lambda: house.figure("a", "resident_bytes") == 2 * house.store.manifest.slice_bytes)
 
 
 def test_rows_follow_a_new_plan_within_milliseconds(house: House, everything: dict[tuple[int, int], float]) -> None:
@@ -184,11 +206,13 @@ def test_rows_follow_a_new_plan_within_milliseconds(house: House, everything: di
     with house.busy() as ended:
         took = []
         for turn in range(20):
-            took.append(house.publish({"a": everything, "b": {}} if turn % 2 else {"a": {}, "b": everything}))
-            swapped, loser = len(ended), b if turn % 2 else a
-            eventually(lambda swapped=swapped: len(ended) > swapped + 1)  # the layer under way may have begun before
+            winner, loser = (a, b) if turn % 2 else (b, a)
+            took.append(house.publish({winner.name: everything, loser.name: {}}))
+            wait_until_alone(house, winner.name)  # until it is ready, the other one goes on
+            swapped = len(ended)
+            wait_for(ended, swapped + 2)  # the layer under way may have begun before
             after = len(loser.seen)
-            eventually(lambda swapped=swapped: len(ended) > swapped + 3)
+            wait_for(ended, swapped + 4)
             assert len(loser.seen) == after
     print("plan to table, ms:", [round(1000 * each, 1) for each in sorted(took)])
     assert sorted(took)[10] < 0.1
@@ -205,7 +229,7 @@ def test_rows_of_a_slice_that_is_not_resident_are_computed_and_counted(house: Ho
     out = torch.empty_like(rows)
     a.compute(layer, [(2, 3)], rows, out)  # as a gateway that has not read the plan yet
     torch.testing.assert_close(out, ExpertFFN(house.store)(layer, 2, rows))
-    eventually(lambda: (entry := house.entry("a")) is not None and entry.misses == 1)
+    eventually(lambda: house.figure("a", "misses") == 1)
     eventually(lambda: not a._ffn.loaded)
 
 
@@ -219,7 +243,7 @@ def test_a_replica_that_is_told_to_go_loses_no_row_and_gets_none_later(house: Ho
             assert time.monotonic() < started + 2
         learned = time.monotonic()
         after = len(ended)
-        eventually(lambda: len(ended) > after + 5)
+        wait_for(ended, after + 6)
         closing.join()
         closed = time.monotonic()
         last = ended[after]  # the end of the layer that was under way
@@ -241,7 +265,7 @@ def test_a_replica_that_is_told_to_go_says_so_and_waits_for_who_does_not_listen(
     closing = threading.Thread(target=a.close)
     started = time.monotonic()
     closing.start()
-    eventually(lambda: (entry := house.entry("a")) is not None and entry.draining)
+    eventually(lambda: house.figure("a", "draining") is True)
     assert "a" not in house.fleet.table.links or closing.is_alive()
     closing.join()
     assert time.monotonic() - started >= 0.5
@@ -257,13 +281,47 @@ def test_an_emulated_device_takes_its_time_and_says_what_it_is(house: House) -> 
         assert time.monotonic() - started >= 0.005 + 0.02 * len(a.seen[-1][2])
     for seed in range(12):
         house.check(tokens=3, seed=seed)
-    eventually(lambda: (entry := house.entry("a")) is not None and entry.calls == 14)
+    eventually(lambda: house.figure("a", "calls") == 14)
     entry = house.entry("a")
     assert entry is not None
     assert entry.device == "emulated (1000 rows/s, 20 ms)"
     assert entry.read_s == pytest.approx(0.022, rel=0.2)
     assert entry.calls == len(a.seen) == 14
     assert entry.busy_s >= 14 * 0.045
+
+
+def test_compiled_code_lets_go_of_what_the_plan_takes_away(
+    redis_url: str, tmp_path: Path, compiled_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_loaded", False)
+    assert kernels.load(compiled_folder)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_local_experts=4,
+        num_attention_heads=4, num_key_value_heads=2, dtype="float32",
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "checkpoint")
+    store = prepare(tmp_path / "checkpoint", tmp_path / "store")
+    house = House(store, Directory(redis_url, "compiled"))
+    with house.exits:
+        a = house.add("a")
+        for seed in range(40):
+            house.check(tokens=3, seed=seed, layer=seed % 2)
+        assert len(a.seen) < 10  # the rest never saw Python
+        eventually(lambda: house.figure("a", "calls") == 40)
+        assert house.figure("a", "rows") == 40 * 3 * TOP_K
+        assert house.figure("a", "read_s") > 0
+        house.publish({"a": {(0, 0): 1.0}})
+        eventually(lambda: a._ffn.loaded == {(0, 0)}, 5.0)
+
+        def mapped() -> set[str]:  # of all this process has: the reference's and the gateway's own are in it too
+            return {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+
+        house.inline.tidy()
+        house.forget()
+        eventually(lambda: str(store.path / "experts" / "3.safetensors") not in mapped())
+        for seed in range(10):
+            house.check(tokens=3, seed=seed)
+        assert house.figure("a", "misses") == 0
 
 
 def test_without_replicas_only_what_was_needed_is_held_and_only_for_a_while(store: ExpertStore) -> None:
