@@ -13,7 +13,7 @@ import numpy as np
 from placement.arrays import Ints, rank_among
 from placement.dealing import deal
 from placement.filling import lower_bound
-from placement.problem import Assignment, Copies, Problem
+from placement.problem import Assignment, Copies, Problem, copy_counts
 from placement.repair import Limits, Repair
 from placement.scaler import Scale, copy_price, largest_first, room_for, scale
 from placement.settings import PlacementSettings
@@ -34,7 +34,7 @@ def place(problem: Problem, scaled: Scale, settings: PlacementSettings) -> Assig
     """Copies near `scaled.copies` on devices, within their memory; few bytes from what is resident."""
     if not len(problem.devices):
         return Assignment.of(problem, Copies.none())
-    table = Table(problem, scaled, _keepable(problem, scaled))
+    table = Table(problem, scaled, _keepable(problem, scaled, settings))
     limits = _limits(problem, scaled, settings)
     missing = _missing(table, scaled, settings, limits.bound)
     must = (missing > 0) & (table.copies[:, :-1] < _least(scaled, settings))
@@ -81,13 +81,23 @@ def _limits(problem: Problem, scaled: Scale, settings: PlacementSettings) -> Lim
     )
 
 
-def _keepable(problem: Problem, scaled: Scale) -> Copies:
-    """Residents that are wanted, on devices that may hold them and have the memory: the busiest slices first."""
+def _keepable(problem: Problem, scaled: Scale, settings: PlacementSettings) -> Copies:
+    """Residents that are wanted, on devices that may hold them and have the memory: the busiest slices first.
+
+    Of a slice with more copies than allowed those stay that get most rows.
+    """
     held = problem.resident
     wanted = scaled.copies[held.layer, held.expert] > 0
     if problem.bound:
         wanted &= problem.unit[held.layer, held.expert] == problem.devices.unit[held.device]
     held = held.where(wanted)
+    layers, experts, _ = problem.shape
+    most = np.broadcast_to(settings.max_copies, (layers, experts))
+    if (copy_counts(held, layers, experts) > most).any():
+        order = np.argsort(-held.share, kind="stable")
+        nth = np.empty(len(held), dtype=np.int64)
+        nth[order] = rank_among((held.layer * experts + held.expert)[order])
+        held = held.where(nth < most[held.layer, held.expert])
     size = np.bincount(held.device, minlength=len(problem.devices))
     if (size <= problem.slots).all():
         return held

@@ -26,6 +26,7 @@ SETTINGS = st.builds(
     max_copies=st.sampled_from([1, 2, 100]),
     spread_above=st.sampled_from([None, 1.0]),
     max_moved_bytes=st.sampled_from([None, 0, 3 * SLICE]),
+    max_bytes=st.sampled_from([None, 5 * SLICE, 12 * SLICE]),
 )
 
 
@@ -50,10 +51,12 @@ def test_a_plan_keeps_every_promise(given: Problem, wanted: PlacementSettings) -
     layers, experts, devices = given.shape
     used = np.bincount(copies.device, minlength=devices) * given.slice_bytes
     assert (used <= given.devices.memory_bytes).all(), "within memory"
+    assert wanted.max_bytes is None or used.sum() <= wanted.max_bytes, "within what all may take together"
     assert len(np.unique(given.keys(copies))) == len(copies), "one copy of a slice on a device"
     sums, counts = shares_of(given, copies), copy_counts(copies, layers, experts)
     np.testing.assert_allclose(sums, (counts > 0).astype(float), atol=1e-9, err_msg="all rows of a slice, or inline")
     assert (copies.share >= 0).all()
+    assert counts.max(initial=0) <= wanted.max_copies
     if given.bound:
         assert (given.unit[copies.layer, copies.expert] == given.devices.unit[copies.device]).all(), "its own unit"
     if wanted.max_moved_bytes is not None:
