@@ -68,6 +68,7 @@ def routing(shape: ModelShape, rows: int, seed: int, *, prefill: bool, budget: i
         waiting=30,
         waiting_tokens=16 * budget,
         token_budget=budget,
+        max_sequences=64,
     )
 
 

@@ -57,6 +57,7 @@ class RoutingChunk(msgspec.Struct, frozen=True, array_like=True):
     queued: dict[int, bytes]
     """Tokens (int32) of the sequences that the steps' queues name."""
     token_budget: int
+    max_sequences: int
     dropped: int
     """Steps before these that nobody will hear of."""
 
@@ -89,6 +90,7 @@ class RoutingChunk(msgspec.Struct, frozen=True, array_like=True):
                 waiting=step.waiting,
                 waiting_tokens=step.waiting_tokens,
                 token_budget=self.token_budget,
+                max_sequences=self.max_sequences,
             )
 
 

@@ -40,3 +40,5 @@ class StepRouting:
     """Prompt tokens of all of them."""
     token_budget: int
     """Rows a step computes at most."""
+    max_sequences: int
+    """Sequences that hold a place at most."""

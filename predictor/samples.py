@@ -87,6 +87,7 @@ def load_step(records: Records, index: int) -> LoadStep:
         waiting_tokens=int(records.waiting_tokens[index]),
         prompt_left=int(records.prompt_left[index]),
         token_budget=int(records.token_budget[index]),
+        max_sequences=int(records.max_sequences[index]),
         prefill_counts=records.prefill_counts[index],
         decode_counts=records.decode_counts[index],
         look_ahead=records.look_ahead[index],

@@ -64,6 +64,7 @@ class LoadSignals:
             waiting_tokens=step.waiting_tokens,
             prompt_left=int(step.prompt_left.sum()),
             token_budget=step.token_budget,
+            max_sequences=step.max_sequences,
             prefill_counts=prefill.reshape(shape).astype(np.int32),
             decode_counts=decode.reshape(shape).astype(np.int32),
             look_ahead=step.look_ahead,

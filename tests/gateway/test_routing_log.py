@@ -52,7 +52,9 @@ class Watched:
         self.engine = Engine(
             self.model, EngineSettings(**settings), clock=iter(range(10**6)).__next__, routing=self.log
         )
-        self.packer = RoutingPacker(self.log, self.manifest.num_experts, settings["token_budget"])
+        self.packer = RoutingPacker(
+            self.log, self.manifest.num_experts, settings["token_budget"], settings["max_sequences"]
+        )
         forward = self.model.forward
 
         def spied(batch: Any) -> torch.Tensor:
@@ -119,7 +121,7 @@ def test_what_waits_is_told_in_order_of_service(family: InlineFamily) -> None:
     asked = prompts(25, 7, 12)
     first = watched.answer(*asked, max_tokens=2)[0]
     assert first.queued_tokens.tolist() == asked[0][10:] + asked[1] + asked[2]
-    assert (first.waiting, first.waiting_tokens, first.token_budget) == (2, 7 + 12, 10)
+    assert (first.waiting, first.waiting_tokens, first.token_budget, first.max_sequences) == (2, 7 + 12, 10, 1)
 
 
 def test_the_queue_is_told_up_to_a_bound(family: InlineFamily) -> None:

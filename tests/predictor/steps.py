@@ -80,4 +80,5 @@ def routings(
             waiting=len(waiting),
             waiting_tokens=sum(len(prompts[n]) for n in waiting),
             token_budget=budget,
+            max_sequences=8,
         )

@@ -49,6 +49,7 @@ def made_up_step(shape: ModelShape, counts: npt.NDArray[np.float64], rows: int) 
         waiting_tokens=0,
         prompt_left=0,
         token_budget=8,
+        max_sequences=4,
         prefill_counts=counts.astype(np.int32),
         decode_counts=np.zeros_like(counts, np.int32),
         look_ahead=counts.astype(np.int32),

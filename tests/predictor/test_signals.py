@@ -38,6 +38,7 @@ def step(
         waiting=0,
         waiting_tokens=0,
         token_budget=8,
+        max_sequences=4,
     )
 
 
