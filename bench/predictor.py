@@ -41,6 +41,7 @@ def samples(shape: ModelShape, count: int, seed: int = 0) -> Samples:
     return Samples(
         shape,
         np.arange(count),
+        np.arange(count) + 16,
         scalars,
         shares,
         Future(counts.astype(np.float32), *rows, np.zeros_like(counts, np.float32)),

@@ -67,7 +67,7 @@ class Mixture:
         static = (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(np.float32)
         every = max(1, -(-len(samples) * static.shape[1] // _MOST_FITTED))
         target = samples.future.shares[::every]
-        columns = _columns(samples.shares[::every], rows.take(every))  # [n, J, L, E]
+        columns = _columns(samples.shares[::every], rows.take(slice(None, None, every)))  # [n, J, L, E]
         weights = [_least_absolute(columns[:, :, layer], target[:, layer]) for layer in range(len(static))]
         return cls(np.array(weights, np.float32), static)
 

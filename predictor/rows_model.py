@@ -35,10 +35,10 @@ class RowsForecast:
     queued: Array
     """[n, QUEUE_SPANS]: tokens that wait within each span"""
 
-    def take(self, every: int) -> RowsForecast:
-        """Every so-manieth moment of it."""
+    def take(self, chosen: slice) -> RowsForecast:
+        """That of some of the moments."""
         arrays = (self.prefill, self.decode, self.parts, self.queued)
-        return RowsForecast(*(array[::every] for array in arrays))
+        return RowsForecast(*(array[chosen] for array in arrays))
 
     @classmethod
     def concatenate(cls, parts: Sequence[RowsForecast]) -> RowsForecast:
