@@ -18,7 +18,7 @@ class RoutingPacker:
     """Takes steps out of `log`. One thread calls it, not the engine's."""
 
     def __init__(self, log: RoutingLog, experts: int, token_budget: int, max_sequences: int) -> None:
-        """`experts` are those of one layer, `token_budget` the rows of a step and `max_sequences` its sequences at most."""
+        """`experts` are those of one layer; a step has `token_budget` rows and `max_sequences` sequences at most."""
         self._log = log
         self._experts = experts
         self._token_budget, self._max_sequences = token_budget, max_sequences

@@ -1,4 +1,5 @@
-"""What a forecaster learns from its own forecasts, when their horizons have passed: whom to trust, how much room to leave.
+"""What a forecaster learns from its own forecasts, once their horizons have passed: whom to trust, and how much room
+to leave.
 
 Live and in evaluation the same: nothing is used before it has happened.
 """
@@ -73,12 +74,12 @@ def follow(model: HorizonModel, samples: Samples) -> Told:
     told: list[Forecast] = []
     judged = 0
     for moment in range(len(samples)):
-        while judged < moment and samples.ends[judged] <= samples.steps[moment]:
+        while judged < moment and samples.ends[judged] < samples.steps[moment]:
             before = samples.steps[judged - 1] if judged else -np.inf
             length = samples.ends[judged] - samples.steps[judged]
             credit = min(1.0, float((samples.steps[judged] - before) / length))
             adaptation.learn(candidates.take(judged), told[judged], samples.future.counts[judged], credit)
             judged += 1
         told.append(adaptation.forecast(candidates.take(moment)))
-    arrays = (np.concatenate([getattr(one, name) for one in told]) for name in ("shares", "rows", "p90"))
-    return Told(*arrays, candidates, adaptation)
+    shares, rows, p90 = (np.concatenate([getattr(one, name) for one in told]) for name in ("shares", "rows", "p90"))
+    return Told(shares, rows, p90, candidates, adaptation)

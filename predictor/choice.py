@@ -27,9 +27,11 @@ class Choice:
 
     method: str
     errors: Mapping[str, float]
-    """Half the L1 distance of shares, by method: on validation, and lately where there is more to tell"""
+    """Half the L1 distance of shares, by method"""
     part: float = 1.0
     """Its part of the forecast; the others share the rest."""
+    when: str = "on validation"
+    """What the errors are of."""
 
     @property
     def reason(self) -> str:
@@ -39,7 +41,7 @@ class Choice:
             return f"{self.method}: nothing else was tried"
         second = min(others, key=others.__getitem__)
         return (
-            f"{self.method} carries {self.part:.0%}: error {self.errors[self.method]:.4f}, "
+            f"{self.method} carries {self.part:.0%}: error {self.errors[self.method]:.4f} {self.when}, "
             f"the next best ({second}) {others[second]:.4f}"
         )
 
@@ -60,6 +62,7 @@ class Trust:
         self._errors = errors.copy()
         self.weights = self._prior
         """[METHODS, L], sums of one"""
+        self._learned = False
 
     def learn(self, errors: Floats, credit: float) -> None:
         """Move by `errors` [METHODS, L]; `credit`: for what part of a horizon they tell anything new, 0 to 1."""
@@ -69,11 +72,12 @@ class Trust:
         moved /= moved.sum(axis=0)
         back = _RETURN * credit
         self.weights = (1 - back) * moved + back * self._prior
+        self._learned |= bool(told.any())
         self._errors += np.where(told, _MEMORY * credit, 0) * (errors - self._errors)
 
     def blend(self, forecasts: Array) -> Array:
         """`forecasts` [METHODS, n, L, E] as one [n, L, E]."""
-        return np.einsum("ml,mnle->nle", self.weights, forecasts).astype(np.float32)
+        return np.asarray(np.einsum("ml,mnle->nle", self.weights, forecasts), np.float32)
 
     def choices(self) -> tuple[Choice, ...]:
         """For each layer what carries it, and why."""
@@ -82,7 +86,8 @@ class Trust:
             Choice(
                 METHODS[method],
                 dict(zip(METHODS, self._errors[:, layer].tolist(), strict=True)),
-                float(self.weights[method, layer]),
+                round(float(self.weights[method, layer]), 4),
+                "lately" if self._learned else "on validation",
             )
             for layer, method in enumerate(leading)
         )

@@ -34,8 +34,8 @@ class Evaluation:
     moments: int
     errors: Mapping[str, npt.NDArray[np.float64]]
     """By method: the baselines, ``mixture``, ``lightgbm``; ``chosen``, what the layers make of these; ``oracle rows``,
-    the mixture of one who knows how many prompt and answer rows will come; ``oracle tokens``, where recorded: the affinity of one who knows all
-    tokens"""
+    the mixture of one who knows how many prompt and answer rows will come; ``oracle tokens``, where recorded: the
+    affinity of one who knows all tokens"""
     recall: Mapping[str, npt.NDArray[np.float64]]
     """Of the layer's two hottest experts, by method"""
     coverage: npt.NDArray[np.float64]

@@ -64,7 +64,7 @@ class Headroom:
                 self.shifts[regime, :, i] = np.quantile(alike, level, axis=(0, 2))
 
     def quantiles(self, forecast: Array, scalars: Array, rows: RowsForecast, shift: Array | None = None) -> Array:
-        """Rows [n, L, E] at each of the levels: [LEVELS, n, L, E], rising; `shift` [LEVELS, L] moves their logarithms."""
+        """Rows [n, L, E] at each level: [LEVELS, n, L, E], rising; `shift` [LEVELS, L] moves their logarithms."""
         log_rows = np.log1p(forecast)
         known = _known(scalars, rows)
         found = np.empty((len(LEVELS), *forecast.shape), np.float32)

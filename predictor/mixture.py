@@ -73,7 +73,7 @@ class Mixture:
 
     def forecast(self, shares: Array, rows: RowsForecast) -> Array:
         """`shares` [n, SHARES, L, E] -> [n, L, E]."""
-        return normalised(np.einsum("njle,lj->nle", _columns(shares, rows), self.weights))
+        return normalised(np.asarray(np.einsum("njle,lj->nle", _columns(shares, rows), self.weights), np.float32))
 
 
 def _columns(shares: Array, rows: RowsForecast) -> Array:
@@ -103,8 +103,9 @@ def _tail(shares: Array, queued: Array) -> Array:
     tokens = queued[:, -1]
     weights = _span_weights(queued, tokens) - _span_weights(queued, _TAIL * tokens)
     youngest = normalised(np.einsum("nj,njle->nle", weights, shares[:, _QUEUE_SHARES]))
-    few = (tokens < _TAIL_TOKENS)[:, None, None]
-    return np.where(few, shares[:, SHARES.index("prefill:16")], youngest)
+    few = np.asarray(tokens < _TAIL_TOKENS)
+    youngest[few] = shares[few, SHARES.index("prefill:16")]
+    return youngest
 
 
 def _like_prompts(shares: Array, queue: Array) -> Array:
@@ -145,7 +146,7 @@ def _drawn(gram: npt.NDArray[np.float64], goal: npt.NDArray[np.float64]) -> npt.
     gram = gram + _FAITH * size * np.eye(len(gram))
     goal = goal + _FAITH * size * _EXPECTED
     for kind in range(len(KINDS)):
-        own = (kind == _KIND).astype(np.float64)
+        own = np.asarray(_KIND == kind, np.float64)
         gram += _WHOLE * size * np.outer(own, own)
         goal += _WHOLE * size * own
     root = np.linalg.cholesky(gram)

@@ -2,10 +2,10 @@
 
 One row per engine step, in order of time. Columns: ``time_s`` float64; ``prefill_rows``, ``decode_rows``, ``running``,
 ``waiting``, ``waiting_tokens``, ``prompt_left``, ``token_budget``, ``max_sequences`` int32; ``prefill_counts``,
-``decode_counts``, ``look_ahead``: lists of layers x experts int32; for each signal (`predictor.load_step.SIGNALS`) ``rows:NAME`` float32
-and ``share:NAME``, a list of layers x experts float16; ``foreseen``, such a list too. The file's metadata has
-``evermoe.records`` (this schema's version), ``evermoe.shape`` (JSON of the model's shape) and ``evermoe.signals``
-(names, comma-separated).
+``decode_counts``, ``look_ahead``: lists of layers x experts int32; for each signal (`predictor.load_step.SIGNALS`)
+``rows:NAME`` float32 and ``share:NAME``, a list of layers x experts float16; ``foreseen``, such a list too. The file's
+metadata has ``evermoe.records`` (this schema's version), ``evermoe.shape`` (JSON of the model's shape) and
+``evermoe.signals`` (names, comma-separated).
 """
 
 from __future__ import annotations

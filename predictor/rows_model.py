@@ -87,7 +87,10 @@ class RowsModel:
 
 
 def _by_kind(
-    scalars: Array, prefill: npt.NDArray[np.floating], running: npt.NDArray[np.floating], fresh: npt.NDArray[np.floating]
+    scalars: Array,
+    prefill: npt.NDArray[np.floating],
+    running: npt.NDArray[np.floating],
+    fresh: npt.NDArray[np.floating],
 ) -> RowsForecast:
     """Which of the rows to come are known already."""
     waits = scalars[:, SCALARS.index("waiting_tokens")] + scalars[:, SCALARS.index("prompt_left")]

@@ -39,7 +39,9 @@ class Samples:
     def take(self, chosen: npt.NDArray[np.int64] | slice) -> Samples:
         """Some of them."""
         then = self.future.take(chosen)
-        return Samples(self.shape, self.steps[chosen], self.ends[chosen], self.scalars[chosen], self.shares[chosen], then)
+        return Samples(
+            self.shape, self.steps[chosen], self.ends[chosen], self.scalars[chosen], self.shares[chosen], then
+        )
 
 
 def sample(records: Records, horizons: Sequence[Horizon], stride: int) -> list[Samples]:

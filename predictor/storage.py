@@ -20,8 +20,8 @@ import lightgbm as lgb
 import numpy as np
 import numpy.typing as npt
 
-from predictor.batch_arithmetic import Pace
 from predictor.baselines import HistoryRidge
+from predictor.batch_arithmetic import Pace
 from predictor.choice import METHODS, Choice
 from predictor.features import SCALARS, SHARES
 from predictor.headroom import LEVELS, Headroom
@@ -83,7 +83,9 @@ def _write(model: LoadModel, folder: Path) -> None:
     described = []
     arrays: dict[str, npt.NDArray[Any]] = {}
     for index, (horizon, part) in enumerate(model.horizons.items()):
-        described.append({**dataclasses.asdict(horizon), "choices": [[c.method, dict(c.errors), c.part] for c in part.choices]})
+        described.append(
+            {**dataclasses.asdict(horizon), "choices": [[c.method, dict(c.errors), c.part] for c in part.choices]}
+        )
         arrays |= {f"{index}:{name}": array for name, array in _arrays(part).items()}
         for name, booster in _boosters(part):
             booster.save_model(folder / f"{index}-{name}.txt")
