@@ -73,7 +73,8 @@ class Mixture:
 
     def forecast(self, shares: Array, rows: RowsForecast) -> Array:
         """`shares` [n, SHARES, L, E] -> [n, L, E]."""
-        return normalised(np.asarray(np.einsum("njle,lj->nle", _columns(shares, rows), self.weights), np.float32))
+        mixed = np.einsum("njle,lj->nle", _columns(shares, rows), self.weights)
+        return normalised(mixed.astype(np.float32))
 
 
 def _columns(shares: Array, rows: RowsForecast) -> Array:
@@ -110,7 +111,7 @@ def _tail(shares: Array, queued: Array) -> Array:
 
 def _like_prompts(shares: Array, queue: Array) -> Array:
     answers, prompts = shares[:, SHARES.index("decode:256")], shares[:, SHARES.index("prefill:256")]
-    return normalised(answers * queue / np.maximum(prompts, 0.01))
+    return normalised((answers * queue / np.maximum(prompts, 0.01)).astype(np.float32))
 
 
 def _span_weights(queued: Array, rows: Array) -> Array:
@@ -146,7 +147,7 @@ def _drawn(gram: npt.NDArray[np.float64], goal: npt.NDArray[np.float64]) -> npt.
     gram = gram + _FAITH * size * np.eye(len(gram))
     goal = goal + _FAITH * size * _EXPECTED
     for kind in range(len(KINDS)):
-        own = np.asarray(_KIND == kind, np.float64)
+        own = np.asarray(kind == _KIND, np.float64)
         gram += _WHOLE * size * np.outer(own, own)
         goal += _WHOLE * size * own
     root = np.linalg.cholesky(gram)
