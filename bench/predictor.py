@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from bench.report import finish, options
 from predictor.choice import Choice
@@ -52,12 +53,13 @@ def routing(shape: ModelShape, rows: int, seed: int, *, prefill: bool, budget: i
     """A step of 64 running sequences, 16 budgets of tokens behind it."""
     rng = np.random.default_rng(seed)
     layers, experts = len(shape.layers), shape.experts
-    tokens = (rng.zipf(1.2, size=rows + 16 * budget) % shape.vocabulary).astype(np.int32)
+    tokens = (rng.zipf(1.2, size=rows) % shape.vocabulary).astype(np.int32)
+    prompts = _prompts(shape, seed, budget)
     first = rng.integers(experts, size=(layers, rows, 1))
     chosen = (first + np.arange(shape.top_k) * (experts // shape.top_k)) % experts
     return StepRouting(
         time_s=seed * 0.05,
-        token_ids=tokens[:rows],
+        token_ids=tokens,
         sequences=np.arange(rows, dtype=np.int64) % 64,
         prefill=np.full(rows, prefill),
         experts=chosen.astype(np.int16),
@@ -65,12 +67,20 @@ def routing(shape: ModelShape, rows: int, seed: int, *, prefill: bool, budget: i
         running=np.arange(64, dtype=np.int64),
         prompt_left=np.zeros(64, np.int32),
         tokens_left=np.full(64, 1000 - seed, np.int32),
-        queued_tokens=tokens[rows:],
+        queue=[(number, 0, len(prompt)) for number, prompt in prompts.items()],
+        prompts=prompts,
         waiting=30,
         waiting_tokens=16 * budget,
         token_budget=budget,
         max_sequences=64,
     )
+
+
+def _prompts(shape: ModelShape, step: int, budget: int) -> dict[int, npt.NDArray[np.int32]]:
+    """What waits at a step: prompts of half a budget, two of which have joined since the step before."""
+    numbers = range(2 * step, 2 * step + 2 * 16)
+    draw = [np.random.default_rng(number).zipf(1.2, size=budget // 2) for number in numbers]
+    return {number: (words % shape.vocabulary).astype(np.int32) for number, words in zip(numbers, draw, strict=True)}
 
 
 def median_s(act: Callable[[], object], times: int) -> float:
