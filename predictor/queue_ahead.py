@@ -10,7 +10,8 @@ from predictor.routing import StepRouting
 from predictor.token_affinity import TokenAffinity
 
 _OLD = 32  # looks after which one who still waits is looked up again
-_LONG = 4  # what takes so many times the rows that a step may look up is looked up in part
+_LONG = 1 / 3  # what takes more than this part of the rows that a look may take ...
+_SAMPLE = 1 / 32  # ... is looked up with so much of them
 
 Floats = npt.NDArray[np.float32]
 
@@ -18,10 +19,9 @@ Floats = npt.NDArray[np.float32]
 class QueueAhead:
     """Rows to be expected of the queue's first tokens, for each of `QUEUE_SPANS`."""
 
-    def __init__(self, affinity: TokenAffinity, cells: int, most_looked_up: int) -> None:
-        """`most_looked_up`: rows of tables that one call of `look` takes, over time."""
+    def __init__(self, affinity: TokenAffinity, cells: int) -> None:
         self._affinity = affinity
-        self._most = most_looked_up
+        self._most = 0
         self._left = 0
         self._slots: dict[tuple[int, int], int] = {}  # (sequence, last token) -> row of the tables below
         self._free: list[int] = []
@@ -32,8 +32,12 @@ class QueueAhead:
         self.passed = 0
         """Prompt rows computed since the last look; whoever observes the steps adds them."""
 
-    def look(self, step: StepRouting, otherwise: Floats) -> None:
-        """Look up who has joined; rows of tokens that nobody knows go as `otherwise` [cells] says."""
+    def look(self, step: StepRouting, otherwise: Floats, most: int) -> None:
+        """Look up who has joined, in at most about `most` rows of tables, over time.
+
+        Rows of tokens that nobody knows go as `otherwise` [cells] says.
+        """
+        self._most = most
         self._follow(step)
         self._looks += 1
         self._left = min(self._left, 0) + self._most
@@ -79,7 +83,7 @@ class QueueAhead:
             if cost <= _LONG * self._most:
                 rows, unknown = self._affinity.expect(tokens)
             else:
-                cost = max(self._most // 2, 1)
+                cost = max(int(_SAMPLE * self._most), 1)
                 rows, unknown = self._affinity.sampled(tokens, cost)
             self._left -= cost
             if slot < 0:

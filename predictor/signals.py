@@ -20,7 +20,8 @@ from predictor.token_affinity import TokenAffinity
 _MEAN_MEMORY = 2000.0  # rows
 # What a step may cost, in cells of tables looked up: so many for each layer, of which a fresh look takes some anyway.
 _CELLS_PER_LAYER, _CELLS_ANYWAY = 8_000, 60_000
-_LOOKED_UP = 8  # times what a step may cost, for prompts that have joined the queue since the last look
+_LOOKED_UP = 8  # times what a step may cost, at least, for prompts that have joined the queue since the last look
+_PASSES = 6  # over the cells of who waits and who runs, at each look
 _MOST_KEPT = 2048  # rows that wait to be learned from
 
 
@@ -38,10 +39,10 @@ class LoadSignals:
         self._prompt_mean = np.full(self._cells, shape.top_k / shape.experts, np.float32)
         self._decode_mean = self._prompt_mean.copy()
         self._worth = _CELLS_PER_LAYER * len(shape.layers)  # cells
-        self._queue = QueueAhead(self._affinity, self._cells, max(1, _LOOKED_UP * self._worth // self._cells))
+        self._queue = QueueAhead(self._affinity, self._cells)
         self._fresh: list[RoutedRows] = []
         self._running_signals: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-        self._wait = 0
+        self._wait = self._waited = 0
         self._offsets = (np.arange(len(shape.layers)) * shape.experts)[:, None, None]
 
     def observe(self, step: StepRouting) -> LoadStep:
@@ -118,14 +119,15 @@ class LoadSignals:
         self._queue.passed += prefill_rows
         if self._wait <= 0:
             self._learn()
-            self._queue.look(step, self._prompt_mean)
+            looked_up = max(_LOOKED_UP, self._waited) * self._worth // self._cells
+            self._queue.look(step, self._prompt_mean, max(looked_up, 1))
             self._sequences.set_mean(self._decode_mean)
             decoding, decoding_rows = self._sequences.decoding()
             prompts, prompt_rows = self._sequences.prompts()
             rows = np.concatenate([decoding_rows, [prompt_rows]]).astype(np.float32)
             self._running_signals = np.concatenate([decoding, prompts[None]]), rows
-            work = (len(step.queue) + 2 * len(step.running)) * self._cells + _CELLS_ANYWAY
-            self._wait = -(-work // self._worth)
+            work = _PASSES * (len(step.queue) + 2 * len(step.running)) * self._cells + _CELLS_ANYWAY
+            self._wait = self._waited = -(-work // self._worth)
         elif sum(map(len, self._fresh)) > _MOST_KEPT:
             self._learn()
         queue, queue_rows = self._queue.spans()

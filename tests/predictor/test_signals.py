@@ -91,8 +91,8 @@ def waiting(*prompts: list[int], begun: int = 0) -> StepRouting:
 
 
 def test_what_was_computed_meanwhile_does_not_wait_any_more() -> None:
-    queue = QueueAhead(known_tokens(), 4, 100)
-    queue.look(waiting([1] * 8, [2] * 8), EVEN)
+    queue = QueueAhead(known_tokens(), 4)
+    queue.look(waiting([1] * 8, [2] * 8), EVEN, 100)
     assert queue.spans()[0][0].argmax() == 0
     queue.passed = 8
     rows, lengths = queue.spans()
@@ -104,9 +104,9 @@ def test_what_was_computed_meanwhile_does_not_wait_any_more() -> None:
 
 
 def test_a_prompt_that_has_begun_waits_with_its_rest() -> None:
-    queue = QueueAhead(known_tokens(), 4, 100)
+    queue = QueueAhead(known_tokens(), 4)
     for begun, rest in ((0, 8), (6, 2)):
-        queue.look(waiting([1] * 8, [2] * 8, begun=begun), EVEN)
+        queue.look(waiting([1] * 8, [2] * 8, begun=begun), EVEN, 100)
         rows, lengths = queue.spans()
         assert lengths[-1] == rest + 8
         np.testing.assert_allclose(rows[-1], [rest, 0, 0, 8], atol=0.6)
@@ -114,32 +114,32 @@ def test_a_prompt_that_has_begun_waits_with_its_rest() -> None:
 
 def test_who_was_not_looked_up_yet_goes_like_the_others() -> None:
     """The rows of tables that a look takes are bounded: a flood is looked up over several."""
-    queue, ones = QueueAhead(known_tokens(), 4, 8), []
+    queue, ones = QueueAhead(known_tokens(), 4), []
     for _ in range(6):
-        queue.look(waiting(*[[1] * 8] * 5), EVEN)
+        queue.look(waiting(*[[1] * 8] * 5), EVEN, 24)
         ones.append(float(queue.spans()[0][-1][0]))
     assert ones == sorted(ones)
-    assert ones[0] < 20 < 38 < ones[-1], "40 tokens, all of one kind"
-    queue.look(waiting(), EVEN)
+    assert ones[0] < 30 < 38 < ones[-1], "40 tokens, all of one kind"
+    queue.look(waiting(), EVEN, 100)
     assert queue.spans()[1].max() == 0
 
 
 def test_who_waits_for_long_is_looked_up_again() -> None:
     affinity = TokenAffinity(10, 4, max_bytes=1 << 10)
-    queue = QueueAhead(affinity, 4, 100)
-    queue.look(waiting([1] * 8), EVEN)
+    queue = QueueAhead(affinity, 4)
+    queue.look(waiting([1] * 8), EVEN, 100)
     for _ in range(50):
         affinity.learn(np.array([1]), np.array([[2]]), np.zeros(1, bool))
-    queue.look(waiting([1] * 8), EVEN)
+    queue.look(waiting([1] * 8), EVEN, 100)
     assert queue.spans()[0][-1][2] == 2
     for _ in range(40):
-        queue.look(waiting([1] * 8), EVEN)
+        queue.look(waiting([1] * 8), EVEN, 100)
     assert queue.spans()[0][-1][2] > 7
 
 
 def test_a_prompt_too_long_to_look_up_is_sampled() -> None:
-    queue = QueueAhead(known_tokens(), 4, 8)
-    queue.look(waiting([1, 2] * 500), EVEN)
+    queue = QueueAhead(known_tokens(), 4)
+    queue.look(waiting([1, 2] * 500), EVEN, 24)
     rows, lengths = queue.spans()
     assert lengths[-1] == 64 * 8
     np.testing.assert_allclose(rows[-1].sum(), 64 * 8, rtol=0.01)
