@@ -113,7 +113,8 @@ def main() -> None:
         compilation.compile_layers(store.path, cache_dir() / "compiled")
     routing = RoutingLog(store.manifest.moe_layers)
     subject = engine(store, routing)
-    packer = Packer(routing, store.manifest.num_experts, subject.scheduler.token_budget)
+    budget, places = subject.scheduler.token_budget, subject.scheduler.max_sequences
+    packer = Packer(routing, store.manifest.num_experts, budget, places)
     turns: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         with fed(store, packer, Path(folder)):

@@ -80,8 +80,9 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         table.add_row(f"{name}{mark}", *(f"{error:.4f}" for error in (*errors, errors.mean())), style=style)
     table.add_row("noise floor", *(f"{e:.4f}" for e in (*evaluation.floor, evaluation.floor.mean())), style="dim")
     table.add_section()
-    table.add_row("chosen method", *evaluation.methods, "")
-    for name in (evaluation.best_baseline, "chosen"):
+    table.add_row("carried by", *(choice.method for choice in evaluation.choices), "")
+    table.add_row("its part", *(f"{choice.part:.0%}" for choice in evaluation.choices), "")
+    for name in (evaluation.best_baseline, "chosen", *(["oracle tokens"] if evaluation.reachable is not None else [])):
         recall = evaluation.recall[name]
         table.add_row(f"two hottest found, {name}", *(f"{part:.0%}" for part in (*recall, recall.mean())))
     coverage = evaluation.coverage

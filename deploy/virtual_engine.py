@@ -76,7 +76,9 @@ class VirtualEngine:
         self.shape = ModelShape(
             manifest.fingerprint, tuple(manifest.moe_layers), manifest.num_experts, manifest.top_k, model.vocab_size
         )
-        self._packer = RoutingPacker(self._log, manifest.num_experts, self.settings.token_budget)
+        self._packer = RoutingPacker(
+            self._log, manifest.num_experts, self.settings.token_budget, self.settings.max_sequences
+        )
         self._signals = LoadSignals(self.shape, oracle=True)
         self._left: dict[str, int] = {}
 

@@ -136,7 +136,8 @@ class Gateway:
         manifest = self._store.manifest
         routing.gates = Gates(self._model.network, moe_modules(self._model.network), manifest.top_k)
         await asyncio.sleep(_HEAD_START_S)
-        packer = RoutingPacker(routing, manifest.num_experts, self._policy.gateway.max_batch_tokens)
+        settings = self._policy.gateway
+        packer = RoutingPacker(routing, manifest.num_experts, settings.max_batch_tokens, settings.max_running)
         feed = LoadFeed(packer, self._hello())
         self._exits.push_async_callback(asyncio.to_thread, feed.close)
         feed.start()

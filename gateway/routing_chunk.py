@@ -57,6 +57,7 @@ class RoutingChunk(msgspec.Struct, frozen=True, array_like=True):
     queued: dict[int, bytes]
     """Tokens (int32) of the sequences that the steps' queues name."""
     token_budget: int
+    max_sequences: int
     dropped: int
     """Steps before these that nobody will hear of."""
 
@@ -85,10 +86,12 @@ class RoutingChunk(msgspec.Struct, frozen=True, array_like=True):
                 running=numbers[who],
                 prompt_left=left[who, 0],
                 tokens_left=left[who, 1],
-                queued_tokens=_queued(step, queued, QUEUE_STEPS * self.token_budget),
+                queue=step.queue,
+                prompts=queued,
                 waiting=step.waiting,
                 waiting_tokens=step.waiting_tokens,
                 token_budget=self.token_budget,
+                max_sequences=self.max_sequences,
             )
 
 
@@ -101,12 +104,3 @@ def _joined(parts: list[list[tuple[int, int, int]]]) -> tuple[npt.NDArray[np.int
 def _prefill(works: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     kinds = np.stack([works[:, 2], works[:, 1] - works[:, 2]], axis=1)
     return np.repeat(np.tile([True, False], len(works)), kinds.ravel())
-
-
-def _queued(step: StepHead, tokens: dict[int, npt.NDArray[np.int32]], most: int) -> npt.NDArray[np.int32]:
-    if not step.queue:
-        return _NOBODY
-    return np.concatenate([tokens[sequence][first:last] for sequence, first, last in step.queue])[:most]
-
-
-_NOBODY = np.zeros(0, np.int32)

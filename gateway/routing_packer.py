@@ -17,11 +17,11 @@ _MOST_ROWS = 2048
 class RoutingPacker:
     """Takes steps out of `log`. One thread calls it, not the engine's."""
 
-    def __init__(self, log: RoutingLog, experts: int, token_budget: int) -> None:
-        """`experts` are those of one layer, `token_budget` the rows of a step at most."""
+    def __init__(self, log: RoutingLog, experts: int, token_budget: int, max_sequences: int) -> None:
+        """`experts` are those of one layer; a step has `token_budget` rows and `max_sequences` sequences at most."""
         self._log = log
         self._experts = experts
-        self._token_budget = token_budget
+        self._token_budget, self._max_sequences = token_budget, max_sequences
         self._queued: dict[int, bytes] = {}
         self._dropped = 0
 
@@ -40,6 +40,7 @@ class RoutingPacker:
             look_ahead=self._look_ahead(steps).tobytes(),
             queued=self._queued,
             token_budget=self._token_budget,
+            max_sequences=self._max_sequences,
             dropped=self._dropped - before,
         )
 

@@ -48,40 +48,13 @@ class Affinity:
     def expect(
         self, buckets: npt.NDArray[np.int64], counts: npt.NDArray[np.float32], prior_weight: float
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Rows to be expected of `counts` [S, n] rows in each bucket: (rows [S, cells], left to the prior [S]).
+        """Rows to be expected of `counts` [n] rows in `buckets` [n]: (rows [cells], rows left to the prior [n]).
 
         `prior_weight`: for how many observations the prior counts.
         """
-        weight, gain = self._weight[buckets], self._gain[buckets] * np.float32(prior_weight)
-        known = (counts / np.maximum(weight + gain, 1e-30)).astype(np.float32)
-        return known @ self._sums[buckets], known @ gain
-
-    def doubt(self, buckets: npt.NDArray[np.int64], prior_weight: float) -> npt.NDArray[np.float32]:
-        """How much of a row in each of `buckets` is left to the prior, see `expect`."""
         gain = self._gain[buckets] * np.float32(prior_weight)
-        return np.asarray(gain / (self._weight[buckets] + gain), np.float32)
-
-    def distinct(
-        self, buckets: npt.NDArray[np.int64], ends: list[int], weights: npt.NDArray[np.float32] | None = None
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Which buckets there are, and how often each is among the first ``ends[s]`` of them: ([n], [S, n]).
-
-        `weights`: for how much each of the first ones counts; those behind them count as one.
-        """
-        if weights is not None:
-            weights = np.concatenate([weights, np.ones(len(buckets) - len(weights), np.float32)])
-        found, where, size = None, buckets, self.buckets
-        if self.buckets > 4 * len(buckets) + 4096:  # sorting is cheaper than counting all buckets
-            found, where = np.unique(buckets, return_inverse=True)
-            size = len(found)
-        parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-        counts = np.stack(
-            [np.bincount(where[part], None if weights is None else weights[part], minlength=size) for part in parts]
-        )
-        if found is None:
-            found = np.flatnonzero(counts.sum(axis=0))
-            counts = counts[:, found]
-        return found, np.cumsum(counts, axis=0).astype(np.float32)
+        known = np.asarray(counts / np.maximum(self._weight[buckets] + gain, 1e-30), np.float32)
+        return known @ self._sums[buckets], known * gain
 
     def _rescale(self, buckets: npt.NDArray[np.int64]) -> None:
         scale = 1 / self._gain[buckets]

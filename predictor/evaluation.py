@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from predictor.baselines import PLAIN
-from predictor.choice import share_errors
+from predictor.adaptation import Told, follow
+from predictor.baselines import PLAIN, plain_forecasts
+from predictor.choice import METHODS, Choice, share_errors
 from predictor.horizon import Horizon
 from predictor.mixture import normalised
 from predictor.model import HorizonModel, LoadModel
 from predictor.records import Records
-from predictor.rows_model import split
 from predictor.samples import Samples, concatenate, sample
 
 Array = npt.NDArray[np.float32]
@@ -23,7 +23,6 @@ Array = npt.NDArray[np.float32]
 BASELINES = (*PLAIN, "static mean", "ridge")
 HOTTEST = 2
 _NEARLY_ALL = 0.9
-_CHUNK = 256  # moments forecast at a time
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Evaluation:
     layers: tuple[int, ...]
     moments: int
     errors: Mapping[str, npt.NDArray[np.float64]]
-    """By method: the baselines, ``mixture``, ``lightgbm``, ``chosen``; ``oracle rows``, the mixture of one who knows
-    how many prompt and answer rows will come; ``oracle tokens``, where recorded: the affinity of one who knows all
-    tokens"""
+    """By method: the baselines, ``mixture``, ``lightgbm``; ``chosen``, what the layers make of these; ``oracle rows``,
+    the mixture of one who knows how many prompt and answer rows will come; ``oracle tokens``, where recorded: the
+    affinity of one who knows all tokens"""
     recall: Mapping[str, npt.NDArray[np.float64]]
     """Of the layer's two hottest experts, by method"""
     coverage: npt.NDArray[np.float64]
@@ -49,8 +48,8 @@ class Evaluation:
     """Like `ratio`, at the moments at which nearly all rows were known; NaN where there are none"""
     by_rows: float
     """Like `ratio`, each moment weighted by the rows that came: what counts where experts are many times as busy"""
-    methods: tuple[str, ...]
-    """Chosen, per layer"""
+    choices: tuple[Choice, ...]
+    """What carries each layer at the end of the last recording, and why"""
     seconds: float
     """Per layer and forecast"""
 
@@ -86,15 +85,20 @@ class Evaluation:
 
 
 def evaluate(model: LoadModel, recordings: Sequence[Records], *, most_moments: int = 3000) -> list[Evaluation]:
-    """Forecast `recordings`, which the model should not have been trained on, for each of its horizons."""
+    """Forecast `recordings`, which the model should not have been trained on, for each of its horizons.
+
+    In order of time, as a service would: what a recording has told so far may be learned from.
+    """
     horizons = list(model.horizons)
     steps = sum(len(records) for records in recordings)
     sampled = [sample(records, horizons, max(1, steps // most_moments)) for records in recordings]
-    found = [concatenate([part[index] for part in sampled]) for index in range(len(horizons))]
-    for horizon, samples in zip(horizons, found, strict=True):
-        if not len(samples):
+    found = []
+    for index, horizon in enumerate(horizons):
+        parts = [samples[index] for samples in sampled if len(samples[index])]
+        if not parts:
             raise ValueError(f"the records are too short to tell anything of {horizon}")
-    return [_evaluate(h, model.horizons[h], samples) for h, samples in zip(horizons, found, strict=True)]
+        found.append(_evaluate(horizon, model.horizons[horizon], parts))
+    return found
 
 
 def noise_floor(samples: Samples) -> npt.NDArray[np.float64]:
@@ -117,13 +121,14 @@ def hottest_recall(forecast: Array, actual: Array) -> npt.NDArray[np.float64]:
     return np.asarray(found.mean(axis=(0, 2)), np.float64)
 
 
-def _evaluate(horizon: Horizon, model: HorizonModel, samples: Samples) -> Evaluation:
+def _evaluate(horizon: Horizon, model: HorizonModel, parts: Sequence[Samples]) -> Evaluation:
+    """`parts` are the samples of one recording each."""
+    told = [follow(model, part) for part in parts]
+    samples = concatenate(parts)
     actual = samples.future.shares
-    chunks = [samples.take(slice(start, start + _CHUNK)) for start in range(0, len(samples), _CHUNK)]
-    forecasts = _stacked([_methods(model, chunk) for chunk in chunks])
-    p90 = np.concatenate([model.forecast(chunk.scalars, chunk.shares).p90 for chunk in chunks])
-    parts = np.concatenate([model.rows.forecast(chunk.scalars).parts for chunk in chunks])
-    known = parts[:, [0, 2]].sum(axis=1)
+    forecasts = _stacked([_methods(model, part, found) for part, found in zip(parts, told, strict=True)])
+    p90 = np.concatenate([found.p90 for found in told])
+    known = np.concatenate([found.candidates.rows.parts[:, [0, 2]] for found in told]).sum(axis=1)
     return Evaluation(
         horizon=horizon,
         layers=samples.shape.layers,
@@ -135,17 +140,20 @@ def _evaluate(horizon: Horizon, model: HorizonModel, samples: Samples) -> Evalua
         known=float(known.mean()),
         known_ratio=_ratio(forecasts, actual, weights=(known > _NEARLY_ALL).astype(np.float32)),
         by_rows=_ratio(forecasts, actual, weights=samples.future.prefill_rows + samples.future.decode_rows),
-        methods=tuple(choice.method for choice in model.choices),
+        choices=told[-1].adaptation.trust.choices(),
         seconds=_seconds(model, samples),
     )
 
 
-def _methods(model: HorizonModel, samples: Samples) -> dict[str, Array]:
-    found, _ = model.candidates(samples.scalars, samples.shares)
-    found["chosen"] = np.stack([found[c.method][:, layer] for layer, c in enumerate(model.choices)], axis=1)
+def _methods(model: HorizonModel, samples: Samples, told: Told) -> dict[str, Array]:
+    """What everybody says of the samples of one recording."""
+    found = plain_forecasts(samples.shares, model.mixture.static)
+    found["ridge"] = model.ridge.forecast(samples.shares)
+    found |= {name: told.candidates.shares[METHODS.index(name)] for name in ("mixture", "lightgbm")}
+    found["chosen"] = told.shares
     then = samples.future
-    told = split(then.prefill_rows, then.decode_rows, samples.scalars)
-    found["oracle rows"] = normalised(model.mixture.forecast(samples.shares, told))
+    rows = model.rows.told(samples.scalars, then.prefill_rows, then.decode_rows)
+    found["oracle rows"] = model.mixture.forecast(samples.shares, rows)
     if then.foreseen.any():
         found["oracle tokens"] = normalised(then.foreseen)
     return found

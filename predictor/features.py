@@ -16,6 +16,9 @@ from predictor.shape import ModelShape
 HALF_LIVES = (4, 16, 64, 256, 1024)
 """Of the averages, in steps."""
 
+_PACES = ("prefill_rows", "decode_rows", "passed_s", "arrived", "waiting", "waiting_tokens", "busy_s")
+"""What is averaged over steps."""
+
 SCALARS = (
     *(f"rows:{name}" for name in SIGNALS),
     "running",
@@ -23,12 +26,14 @@ SCALARS = (
     "waiting_tokens",
     "prompt_left",
     "token_budget",
+    "max_sequences",
     "last_prefill_rows",
     "last_decode_rows",
-    *(f"{kind}_rows:{steps}" for kind in ("prefill", "decode") for steps in HALF_LIVES),
+    *(f"{kind}:{steps}" for kind in _PACES for steps in HALF_LIVES),
     "step_s",
 )
-"""What is the same for all layers and experts."""
+"""What is the same for all layers and experts. ``arrived`` are prompt tokens, ``passed_s`` seconds with those in which
+nothing ran, ``step_s`` without."""
 
 _SLOW = HALF_LIVES[1:]
 SHARES = (
@@ -60,21 +65,20 @@ class History:
         keep = 0.5 ** (1 / np.array(HALF_LIVES, np.float32))
         self._keep, self._keep_scalars = keep[:, None, None, None], keep[:, None]
         self._counts = np.zeros((len(HALF_LIVES), 3, self._layers, self._experts), np.float32)
-        self._rows = np.zeros((len(HALF_LIVES), 3), np.float32)
+        self._rows = np.zeros((len(HALF_LIVES), len(_PACES)), np.float32)
         self._weight = np.zeros((len(HALF_LIVES), 1), np.float32)
         self._last: LoadStep | None = None
-        self._time_s = 0.0
 
     def observe(self, step: LoadStep) -> None:
         """Add one step."""
-        passed = step.time_s - self._time_s if self._last is not None else 0.0
+        paces = self._paces(step)
         self._counts *= self._keep
         self._counts += np.stack([step.prefill_counts, step.decode_counts, step.look_ahead])
         self._rows *= self._keep_scalars
-        self._rows += (step.prefill_rows, step.decode_rows, passed)
+        self._rows += paces
         self._weight *= self._keep_scalars
         self._weight += 1
-        self._last, self._time_s = step, step.time_s
+        self._last = step
 
     def moment(self) -> Moment:
         """What is known after the last step; raise ValueError before the first."""
@@ -82,13 +86,22 @@ class History:
             raise ValueError("nothing is known before the first step")
         return Moment(self._scalars(self._last), self._shares(self._last))
 
+    def _paces(self, step: LoadStep) -> tuple[float, ...]:
+        last = self._last
+        passed = busy = arrived = 0.0
+        if last is not None:
+            passed = busy = step.time_s - last.time_s
+            if not last.running and not last.waiting:  # nothing ran for a while
+                busy = min(passed, float(self._rows[1, -1] / max(self._weight[1, 0], 1)))
+            before = last.waiting_tokens + last.prompt_left
+            arrived = step.prefill_rows + step.waiting_tokens + step.prompt_left - before
+        return step.prefill_rows, step.decode_rows, passed, arrived, step.waiting, step.waiting_tokens, busy
+
     def _scalars(self, last: LoadStep) -> npt.NDArray[np.float32]:
         mean = self._rows / np.maximum(self._weight, 1)
         numbers = (last.running, last.waiting, last.waiting_tokens, last.prompt_left, last.token_budget)
-        return np.concatenate(
-            [last.signal_rows, (*numbers, last.prefill_rows, last.decode_rows), mean[:, 0], mean[:, 1], mean[1:2, 2]],
-            dtype=np.float32,
-        )
+        rows = (last.max_sequences, last.prefill_rows, last.decode_rows)
+        return np.concatenate([last.signal_rows, (*numbers, *rows), mean.T.ravel(), mean[1:2, -1]], dtype=np.float32)
 
     def _shares(self, last: LoadStep) -> npt.NDArray[np.float32]:
         prefill, decode, ahead = self._counts[:, 0], self._counts[:, 1], self._counts[:, 2]

@@ -2,25 +2,82 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
-from predictor.choice import share_errors
+from predictor.adaptation import Adaptation
+from predictor.choice import Choice, share_errors
 from predictor.features import SCALARS, SHARES, History, Moment
 from predictor.horizon import Horizon
 from predictor.load_step import LoadStep
-from predictor.model import Forecast, LoadModel
+from predictor.model import Candidates, Forecast, HorizonModel, LoadModel
 from predictor.shape import ModelShape
+
+_MOST_OPEN = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A forecast whose horizon has not passed."""
+
+    candidates: Candidates
+    forecast: Forecast
+    after: int
+    """Steps seen when it was made."""
+    time_s: float
+    counts: npt.NDArray[np.int64]
+    """[L, E]: rows seen when it was made"""
+
+
+class _Following:
+    """One horizon's model, its open forecasts and what was learned from those that have ended."""
+
+    def __init__(self, model: HorizonModel, horizon: Horizon) -> None:
+        self.adaptation = Adaptation(model)
+        self._model, self._horizon = model, horizon
+        self._open: deque[_Open] = deque()
+        self._judged = -np.inf  # steps seen when the forecast that was judged last was made
+
+    def forecast(self, moment: Moment, steps: int, time_s: float, counts: npt.NDArray[np.int64]) -> Forecast:
+        """What is expected after so many steps; it is judged later, unless many are open."""
+        candidates = self._model.candidates(moment.scalars[None], moment.shares[None])
+        forecast = self.adaptation.forecast(candidates)
+        if len(self._open) < _MOST_OPEN and (not self._open or self._open[-1].after < steps):
+            self._open.append(_Open(candidates, forecast, steps, time_s, counts.copy()))
+        return forecast
+
+    def learn(self, steps: int, next_s: float, counts: npt.NDArray[np.int64]) -> None:
+        """Judge the forecasts that ended: `steps` were seen, with `counts` rows, and the next one ends at `next_s`."""
+        while self._open and self._ended(self._open[0], steps, next_s):
+            ended = self._open.popleft()
+            credit = min(1.0, (ended.after - self._judged) / max(steps - ended.after, 1))
+            self._judged = ended.after
+            came = (counts - ended.counts).astype(np.float32)
+            self.adaptation.learn(ended.candidates, ended.forecast, came, credit)
+
+    def _ended(self, made: _Open, steps: int, next_s: float) -> bool:
+        if self._horizon.steps:
+            return steps - made.after >= self._horizon.steps
+        return made.time_s + self._horizon.seconds < next_s
 
 
 class Forecaster:
-    """Follows the load of one model. Not thread-safe, but `model` may be replaced between two calls (hot swap)."""
+    """Follows the load of one model. Not thread-safe, but `model` may be replaced between two calls (hot swap).
+
+    It learns from its own forecasts, when their horizons have passed, whom to trust and how much room to leave.
+    """
 
     def __init__(self, shape: ModelShape, model: LoadModel | None = None) -> None:
         """Raise ValueError for a model of another shape."""
         self.shape = shape
         self._history = History(shape)
         self._model: LoadModel | None = None
+        self._following: dict[Horizon, _Following] = {}
+        self._counts = np.zeros((len(shape.layers), shape.experts), np.int64)
+        self._time_s = 0.0
         self.steps = 0
         """How many it has seen."""
         self.use(model)
@@ -35,10 +92,22 @@ class Forecaster:
         if model is not None and model.shape != self.shape:
             raise ValueError(f"this predictor was trained for {model.shape}, and {self.shape} is served")
         self._model = model
+        horizons = {} if model is None else model.horizons
+        self._following = {horizon: _Following(part, horizon) for horizon, part in horizons.items()}
+
+    def choices(self, horizon: Horizon) -> tuple[Choice, ...]:
+        """For each layer what carries the forecast now, and why; nothing where no model forecasts `horizon`."""
+        following = self._following.get(horizon)
+        return () if following is None else following.adaptation.trust.choices()
 
     def observe(self, step: LoadStep) -> None:
         """Add a step of the load stream."""
+        for following in self._following.values():
+            following.learn(self.steps, step.time_s, self._counts)
         self._history.observe(step)
+        self._counts += step.prefill_counts
+        self._counts += step.decode_counts
+        self._time_s = step.time_s
         self.steps += 1
 
     def forecast(self, horizon: Horizon) -> Forecast:
@@ -46,8 +115,8 @@ class Forecaster:
         if not self.steps:
             return _nothing(self.shape)
         moment = self._history.moment()
-        if self._model is not None and horizon in self._model.horizons:
-            return self._model.forecast(horizon, [moment])
+        if horizon in self._following:
+            return self._following[horizon].forecast(moment, self.steps, self._time_s, self._counts)
         return default_forecast(self.shape, horizon, moment)
 
 

@@ -63,12 +63,14 @@ class Headroom:
                 alike = missed[own] if own.sum() >= _LEAST_MOMENTS else missed
                 self.shifts[regime, :, i] = np.quantile(alike, level, axis=(0, 2))
 
-    def quantiles(self, forecast: Array, scalars: Array, rows: RowsForecast) -> Array:
-        """Rows [n, L, E] at each of the levels: [LEVELS, n, L, E], rising."""
+    def quantiles(self, forecast: Array, scalars: Array, rows: RowsForecast, shift: Array | None = None) -> Array:
+        """Rows [n, L, E] at each level: [LEVELS, n, L, E], rising; `shift` [LEVELS, L] moves their logarithms."""
         log_rows = np.log1p(forecast)
         known = _known(scalars, rows)
         found = np.empty((len(LEVELS), *forecast.shape), np.float32)
-        shifts = self.shifts[_regimes(rows)]
+        shifts = self.shifts[_regimes(rows)]  # [n, L, LEVELS]
+        if shift is not None:
+            shifts = shifts + shift.T
         for n in range(len(forecast)):
             grid = np.linspace(log_rows[n].min(), log_rows[n].max() + 1e-3, _GRID, dtype=np.float32)
             inputs = np.concatenate([grid[:, None], np.broadcast_to(known[n], (_GRID, known.shape[1]))], axis=1)

@@ -17,7 +17,7 @@ from predictor.samples import Samples
 Array = npt.NDArray[np.float32]
 
 _MOST_ROWS = 60_000  # (moment, expert) pairs a layer learns from
-_ROUNDS = 14
+_ROUNDS = 24
 _INPUTS = [i for i, name in enumerate(SHARES) if not name.startswith("queue_")]
 
 
@@ -35,7 +35,7 @@ class LayerTrees:
         every = max(1, -(-len(samples) * target.shape[2] // _MOST_ROWS))
         model = cls([], _map_above(first, target), static)
         chosen = slice(None, None, every)
-        queue = queue_ahead(samples.shares, rows)
+        queue = queue_ahead(samples.shares, rows.queued, rows.prefill)
         for layer in range(target.shape[1]):
             inputs = model._inputs(layer, samples.shares, first, queue, rows)[chosen]
             missed = (target - first)[chosen, layer].ravel()
@@ -55,7 +55,7 @@ class LayerTrees:
     def forecast(self, shares: Array, first: Array, rows: RowsForecast) -> Array:
         """`shares` [n, SHARES, L, E] and a first forecast [n, L, E] -> [n, L, E]."""
         found = np.empty_like(first)
-        queue = queue_ahead(shares, rows)
+        queue = queue_ahead(shares, rows.queued, rows.prefill)
         for layer, booster in enumerate(self.boosters):
             inputs = self._inputs(layer, shares, first, queue, rows)
             missed = trees.predict(booster, inputs.reshape(-1, inputs.shape[-1]))

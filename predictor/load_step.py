@@ -37,6 +37,8 @@ class LoadStep:
     prompt_left: int
     """Prompt tokens not yet computed of those that run."""
     token_budget: int
+    max_sequences: int
+    """Sequences that hold a place at most."""
     prefill_counts: npt.NDArray[np.int32]
     """[L, E]: rows of prompts each expert got; a layer's sum is ``prefill_rows * top_k``"""
     decode_counts: npt.NDArray[np.int32]

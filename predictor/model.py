@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from predictor.baselines import HistoryRidge, plain_forecasts
-from predictor.choice import Choice
+from predictor.choice import METHODS, Choice, trust_of
 from predictor.features import Moment
-from predictor.headroom import Headroom
+from predictor.headroom import LEVELS, Headroom
 from predictor.horizon import Horizon
 from predictor.layer_trees import LayerTrees
 from predictor.mixture import Mixture
@@ -38,6 +38,28 @@ class Forecast:
     decode_rows: Array
 
 
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What every method says of n moments."""
+
+    shares: Array
+    """[METHODS, n, L, E]"""
+    rows: RowsForecast
+    scalars: Array
+    """[n, SCALARS]"""
+
+    def take(self, moment: int) -> Candidates:
+        """That of one moment."""
+        one = slice(moment, moment + 1)
+        return Candidates(self.shares[:, one], self.rows.take(one), self.scalars[one])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Candidates]) -> Candidates:
+        """Those of several moments after one another."""
+        shares, scalars = np.concatenate([p.shares for p in parts], axis=1), np.concatenate([p.scalars for p in parts])
+        return cls(shares, RowsForecast.concatenate([part.rows for part in parts]), scalars)
+
+
 @dataclass(frozen=True)
 class HorizonModel:
     """Everything that forecasts one horizon."""
@@ -49,34 +71,28 @@ class HorizonModel:
     trees: LayerTrees
     headroom: Headroom
     choices: tuple[Choice, ...]
-    """One for each layer."""
+    """One for each layer, by validation."""
 
-    def candidates(self, scalars: Array, shares: Array) -> tuple[dict[str, Array], RowsForecast]:
-        """Every method's forecast [n, L, E], from simple to elaborate, and the rows to come."""
+    def candidates(self, scalars: Array, shares: Array) -> Candidates:
+        """What every method says of n moments: `scalars` [n, SCALARS] and `shares` [n, SHARES, L, E]."""
         rows = self.rows.forecast(scalars)
         mixed = self.mixture.forecast(shares, rows)
         found = plain_forecasts(shares, self.mixture.static)
-        found |= {"ridge": self.ridge.forecast(shares), "mixture": mixed}
-        return {**found, "lightgbm": self.trees.forecast(shares, mixed, rows)}, rows
+        found |= {"mixture": mixed, "lightgbm": self.trees.forecast(shares, mixed, rows)}
+        return Candidates(np.stack([found[method] for method in METHODS]), rows, scalars)
 
     def forecast(self, scalars: Array, shares: Array) -> Forecast:
-        """`scalars` [n, SCALARS] and `shares` [n, SHARES, L, E] of n moments."""
-        chosen, rows = self._chosen(scalars, shares)
-        expected = chosen * (rows.total * self.top_k)[:, None, None]
-        p50, p90 = self.headroom.quantiles(expected, scalars, rows)
-        return Forecast(chosen, expected, p50, p90, rows.prefill, rows.decode)
+        """What is expected of n moments by one who has learned nothing since the training."""
+        candidates = self.candidates(scalars, shares)
+        shift = np.zeros((len(LEVELS), len(self.choices)), np.float32)
+        return self.finish(candidates, trust_of(self.choices).blend(candidates.shares), shift)
 
-    def _chosen(self, scalars: Array, shares: Array) -> tuple[Array, RowsForecast]:
-        methods = {choice.method for choice in self.choices}
-        rows = self.rows.forecast(scalars)
-        found = plain_forecasts(shares, self.mixture.static)
-        if "ridge" in methods:
-            found["ridge"] = self.ridge.forecast(shares)
-        if methods & {"mixture", "lightgbm"}:
-            found["mixture"] = self.mixture.forecast(shares, rows)
-        if "lightgbm" in methods:
-            found["lightgbm"] = self.trees.forecast(shares, found["mixture"], rows)
-        return np.stack([found[choice.method][:, layer] for layer, choice in enumerate(self.choices)], axis=1), rows
+    def finish(self, candidates: Candidates, shares: Array, shift: Array) -> Forecast:
+        """The forecast of moments whose `shares` [n, L, E] are settled, its quantiles moved by `shift` [LEVELS, L]."""
+        rows = candidates.rows
+        expected = shares * (rows.total * self.top_k)[:, None, None]
+        p50, p90 = self.headroom.quantiles(expected, candidates.scalars, rows, shift)
+        return Forecast(shares, expected, p50, p90, rows.prefill, rows.decode)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import os
 import matplotlib
 import numpy as np
 
+from predictor.adaptation import follow
 from predictor.horizon import Horizon
 from predictor.model import LoadModel
 from predictor.records import Records
@@ -22,7 +23,8 @@ def draw(model: LoadModel, records: Records, horizon: Horizon, path: str | os.Pa
     from matplotlib import pyplot
 
     samples = sample(records, [horizon], max(1, len(records) // _MOMENTS))[0]
-    forecast = model.horizons[horizon].forecast(samples.scalars, samples.shares)
+    forecast = follow(model.horizons[horizon], samples)
+    choices = forecast.adaptation.trust.choices()
     times = records.time_s[samples.steps] - records.time_s[0]
     layers = np.unique(np.linspace(0, len(records.shape.layers) - 1, 4).astype(int))
     hottest = [np.argsort(-samples.future.counts[:, layer].sum(axis=0))[:_EXPERTS] for layer in layers]
@@ -36,8 +38,7 @@ def draw(model: LoadModel, records: Records, horizon: Horizon, path: str | os.Pa
             axis.plot(times, forecast.rows[:, layer, expert], color="tab:orange", lw=0.8, label="forecast")
             axis.set_ylabel(f"expert {expert}", fontsize=8)
             axis.tick_params(labelsize=7)
-        method = model.horizons[horizon].choices[layer].method
-        axes[0, column].set_title(f"layer {records.shape.layers[layer]} ({method})", fontsize=9)
+        axes[0, column].set_title(f"layer {records.shape.layers[layer]} ({choices[layer].method})", fontsize=9)
         axes[-1, column].set_xlabel("s", fontsize=8)
     axes[0, 0].legend(fontsize=7, loc="upper right")
     figure.suptitle(f"Rows of each expert within the next {horizon}", fontsize=10)

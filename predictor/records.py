@@ -1,11 +1,11 @@
 """Routing records: load steps in a Parquet file.
 
 One row per engine step, in order of time. Columns: ``time_s`` float64; ``prefill_rows``, ``decode_rows``, ``running``,
-``waiting``, ``waiting_tokens``, ``prompt_left``, ``token_budget`` int32; ``prefill_counts``, ``decode_counts``,
-``look_ahead``: lists of layers x experts int32; for each signal (`predictor.load_step.SIGNALS`) ``rows:NAME`` float32
-and ``share:NAME``, a list of layers x experts float16; ``foreseen``, such a list too. The file's metadata has
-``evermoe.records`` (this schema's version), ``evermoe.shape`` (JSON of the model's shape) and ``evermoe.signals``
-(names, comma-separated).
+``waiting``, ``waiting_tokens``, ``prompt_left``, ``token_budget``, ``max_sequences`` int32; ``prefill_counts``,
+``decode_counts``, ``look_ahead``: lists of layers x experts int32; for each signal (`predictor.load_step.SIGNALS`)
+``rows:NAME`` float32 and ``share:NAME``, a list of layers x experts float16; ``foreseen``, such a list too. The file's
+metadata has ``evermoe.records`` (this schema's version), ``evermoe.shape`` (JSON of the model's shape) and
+``evermoe.signals`` (names, comma-separated).
 """
 
 from __future__ import annotations
@@ -24,8 +24,17 @@ import pyarrow.parquet as pq
 from predictor.load_step import SIGNALS, LoadStep
 from predictor.shape import ModelShape
 
-VERSION = 2
-_NUMBERS = ("prefill_rows", "decode_rows", "running", "waiting", "waiting_tokens", "prompt_left", "token_budget")
+VERSION = 3
+_NUMBERS = (
+    "prefill_rows",
+    "decode_rows",
+    "running",
+    "waiting",
+    "waiting_tokens",
+    "prompt_left",
+    "token_budget",
+    "max_sequences",
+)
 _COUNTS = ("prefill_counts", "decode_counts", "look_ahead")
 _GROUP_BYTES = 4 << 20  # of steps in memory before they are written
 _GROUP_FOOTER = 16 << 10  # more than a group needs for headers and its part of the file's footer
@@ -49,6 +58,7 @@ class Records:
     waiting_tokens: npt.NDArray[np.int32]
     prompt_left: npt.NDArray[np.int32]
     token_budget: npt.NDArray[np.int32]
+    max_sequences: npt.NDArray[np.int32]
     prefill_counts: npt.NDArray[np.int32]
     """[S, L, E], like the next two"""
     decode_counts: npt.NDArray[np.int32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, slots=True)
 class StepRouting:
-    """What one engine step routed. R rows, L MoE layers, E experts, k = top-k; N running sequences, W queued tokens."""
+    """What one engine step routed. R rows, L MoE layers, E experts, k = top-k; N running sequences."""
 
     time_s: float
     """Seconds on the engine's clock when the step ended."""
@@ -31,12 +32,16 @@ class StepRouting:
     """[N]: their prompt tokens not yet computed"""
     tokens_left: npt.NDArray[np.int32]
     """[N]: tokens they may still emit at most"""
-    queued_tokens: npt.NDArray[np.int32]
-    """[W]: token ids still to be prefilled, the rest of running prompts and then the waiting queue in order of service;
-    at most the first 64 x `token_budget`"""
+    queue: Sequence[tuple[int, int, int]]
+    """(sequence, first, last) of the tokens still to be prefilled, the rest of running prompts and then the waiting
+    queue in order of service; about the first 64 x `token_budget`"""
+    prompts: Mapping[int, npt.NDArray[np.int32]]
+    """The token ids of these sequences, from each one's first on"""
     waiting: int
     """Sequences that wait."""
     waiting_tokens: int
     """Prompt tokens of all of them."""
     token_budget: int
     """Rows a step computes at most."""
+    max_sequences: int
+    """Sequences that hold a place at most."""

@@ -1,4 +1,4 @@
-"""How many rows come: the scheduler's arithmetic, and what trees have learned about where it errs."""
+"""How many rows come: the scheduler's arithmetic, and how far trees have learned to trust it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from predictor import trees
+from predictor.batch_arithmetic import Pace, Rows, rows_to_come
 from predictor.features import SCALARS
 from predictor.horizon import Horizon
 from predictor.load_step import QUEUE_SPANS
@@ -18,6 +19,8 @@ from predictor.samples import Samples
 Array = npt.NDArray[np.float32]
 
 _QUEUED = [SCALARS.index(f"rows:queue_{span}") for span in QUEUE_SPANS]
+_BOUND = 0.25  # logarithm of the most by which trees may correct the arithmetic
+_ROUNDS = 40
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,10 @@ class RowsForecast:
     queued: Array
     """[n, QUEUE_SPANS]: tokens that wait within each span"""
 
-    def take(self, every: int) -> RowsForecast:
-        """Every so-manieth moment of it."""
+    def take(self, chosen: slice) -> RowsForecast:
+        """That of some of the moments."""
         arrays = (self.prefill, self.decode, self.parts, self.queued)
-        return RowsForecast(*(array[::every] for array in arrays))
+        return RowsForecast(*(array[chosen] for array in arrays))
 
     @classmethod
     def concatenate(cls, parts: Sequence[RowsForecast]) -> RowsForecast:
@@ -52,49 +55,75 @@ class RowsForecast:
 class RowsModel:
     """Forecasts how many rows come from queue and pace."""
 
-    def __init__(self, horizon: Horizon, prefill: lgb.Booster, decode: lgb.Booster) -> None:
-        """The trees forecast by what factor (its logarithm) `by_arithmetic` errs."""
-        self.horizon, self.prefill, self.decode = horizon, prefill, decode
+    def __init__(self, horizon: Horizon, pace: Pace, prefill: lgb.Booster, decode: lgb.Booster) -> None:
+        """The trees forecast by what factor (its logarithm) the arithmetic errs."""
+        self.horizon, self.pace, self.prefill, self.decode = horizon, pace, prefill, decode
 
     @classmethod
     def fit(cls, samples: Samples, horizon: Horizon, seed: int) -> RowsModel:
         """Learn from `samples`, which are of `horizon`."""
+        pace = Pace.fit(samples.scalars)
+        come = rows_to_come(samples.scalars, horizon, pace)
+        inputs = _inputs(samples.scalars, come)
         then = (samples.future.prefill_rows, samples.future.decode_rows)
         models = [
-            trees.fit(samples.scalars, np.log1p(rows) - np.log1p(expected), rounds=100, seed=seed)
-            for rows, expected in zip(then, by_arithmetic(samples.scalars, horizon), strict=True)
+            trees.fit(inputs, _error(rows, expected), rounds=_ROUNDS, seed=seed, num_leaves=8, objective="l1")
+            for rows, expected in zip(then, (come.prefill, come.running + come.fresh), strict=True)
         ]
-        return cls(horizon, *models)
+        return cls(horizon, pace, *models)
 
     def forecast(self, scalars: Array) -> RowsForecast:
         """`scalars` [n, SCALARS]."""
-        prefill, decode = (
-            np.maximum(np.expm1(np.log1p(expected) + trees.predict(booster, scalars)), 0).astype(np.float32)
-            for expected, booster in zip(by_arithmetic(scalars, self.horizon), (self.prefill, self.decode), strict=True)
-        )
-        return split(prefill, decode, scalars)
+        come = rows_to_come(scalars, self.horizon, self.pace)
+        inputs = _inputs(scalars, come)
+        more, longer = (np.exp(trees.predict(b, inputs).clip(-_BOUND, _BOUND)) for b in (self.prefill, self.decode))
+        return _by_kind(scalars, come.prefill * more, come.running * longer, come.fresh * longer)
+
+    def told(self, scalars: Array, prefill: Array, decode: Array) -> RowsForecast:
+        """What one would forecast who knows how many rows of prompts and of answers come [n]."""
+        come = rows_to_come(scalars, self.horizon, self.pace)
+        factor = decode / np.maximum(come.running + come.fresh, 1e-6)
+        return _by_kind(scalars, prefill, come.running * factor, come.fresh * factor)
 
 
-def by_arithmetic(scalars: Array, horizon: Horizon) -> tuple[Array, Array]:
-    """Prompt and answer rows [n] if prompts go on to arrive as they did, and the scheduler fills its steps.
+def _by_kind(
+    scalars: Array,
+    prefill: npt.NDArray[np.floating],
+    running: npt.NDArray[np.floating],
+    fresh: npt.NDArray[np.floating],
+) -> RowsForecast:
+    """Which of the rows to come are known already."""
+    waits = scalars[:, SCALARS.index("waiting_tokens")] + scalars[:, SCALARS.index("prompt_left")]
+    queued = np.minimum(waits, prefill)
+    rows = np.stack([queued, prefill - queued, running, fresh], axis=1)
+    parts = rows / np.maximum(rows.sum(axis=1, keepdims=True), 1e-6)
+    arrays = (prefill, running + fresh, parts, scalars[:, _QUEUED])
+    return RowsForecast(*(array.astype(np.float32) for array in arrays))
 
-    While more waits than the horizon's steps can take, prompts get what decoding sequences leave of each budget.
-    """
+
+def _inputs(scalars: Array, come: Rows) -> Array:
+    """What may tell how far the arithmetic errs [n, F]: parts of what a step can hold, so that sizes do not matter."""
 
     def scalar(name: str) -> Array:
         return scalars[:, SCALARS.index(name)]
 
-    steps = horizon.steps or horizon.seconds / np.maximum(scalar("step_s"), 1e-4)
+    budget, places = np.maximum(scalar("token_budget"), 1), np.maximum(scalar("max_sequences"), 1)
+    lately = [scalar(f"{kind}:{steps}") / budget for kind in ("prefill_rows", "arrived") for steps in (16, 64, 256)]
     waits = scalar("waiting_tokens") + scalar("prompt_left")
-    room = steps * np.maximum(scalar("token_budget") - scalar("running"), 0)
-    prefill = np.minimum(waits + steps * scalar("prefill_rows:64"), room)
-    return prefill.astype(np.float32), (steps * scalar("decode_rows:16")).astype(np.float32)
+    inputs = [
+        *lately,
+        *(scalar(f"decode_rows:{steps}") / places for steps in (16, 64, 256)),
+        scalar("running") / places,
+        np.log1p(scalar("waiting") / places),
+        np.log1p(waits / budget),
+        np.log1p(come.prefill / budget),
+        np.log1p((come.running + come.fresh) / places),
+        come.fresh / np.maximum(come.running + come.fresh, 1e-6),
+        (waits / np.maximum(come.prefill, 1)).clip(0, 4),
+    ]
+    return np.stack(inputs, axis=1).astype(np.float32)
 
 
-def split(prefill: Array, decode: Array, scalars: Array) -> RowsForecast:
-    """Which of the rows to come are known already."""
-    queued = np.minimum(scalars[:, _QUEUED[-1]], prefill)
-    running = np.minimum(scalars[:, SCALARS.index("rows:decode_near")], decode)
-    parts = np.stack([queued, prefill - queued, running, decode - running], axis=1)
-    total = np.maximum(prefill + decode, 1e-6)
-    return RowsForecast(prefill, decode, parts / total[:, None], scalars[:, _QUEUED])
+def _error(rows: Array, expected: npt.NDArray[np.float64]) -> Array:
+    """Of `expected` rows, as a logarithm; not much more than what may be corrected, else it would drown the rest."""
+    return np.log((rows + 10) / (expected + 10)).clip(-2 * _BOUND, 2 * _BOUND).astype(np.float32)

@@ -25,6 +25,8 @@ class Samples:
     shape: ModelShape
     steps: npt.NDArray[np.int64]
     """[n]: the step after which the moment is"""
+    ends: npt.NDArray[np.int64]
+    """[n]: the last step of its horizon"""
     scalars: npt.NDArray[np.float32]
     """[n, SCALARS]"""
     shares: npt.NDArray[np.float32]
@@ -37,7 +39,9 @@ class Samples:
     def take(self, chosen: npt.NDArray[np.int64] | slice) -> Samples:
         """Some of them."""
         then = self.future.take(chosen)
-        return Samples(self.shape, self.steps[chosen], self.scalars[chosen], self.shares[chosen], then)
+        return Samples(
+            self.shape, self.steps[chosen], self.ends[chosen], self.scalars[chosen], self.shares[chosen], then
+        )
 
 
 def sample(records: Records, horizons: Sequence[Horizon], stride: int) -> list[Samples]:
@@ -54,7 +58,7 @@ def sample(records: Records, horizons: Sequence[Horizon], stride: int) -> list[S
     for horizon, end in zip(horizons, ends, strict=True):
         whole = np.flatnonzero(end[wanted] > wanted)
         then = future(records, wanted[whole], horizon)
-        samples = Samples(records.shape, wanted[whole], scalars[whole], shares[whole], then)
+        samples = Samples(records.shape, wanted[whole], end[wanted[whole]], scalars[whole], shares[whole], then)
         found.append(samples.take(np.flatnonzero(then.prefill_rows + then.decode_rows > 0)))
     return found
 
@@ -65,6 +69,7 @@ def concatenate(parts: Sequence[Samples]) -> Samples:
     return Samples(
         parts[0].shape,
         np.concatenate([part.steps for part in parts]),
+        np.concatenate([part.ends for part in parts]),
         np.concatenate([part.scalars for part in parts]),
         np.concatenate([part.shares for part in parts]),
         Future(
@@ -87,6 +92,7 @@ def load_step(records: Records, index: int) -> LoadStep:
         waiting_tokens=int(records.waiting_tokens[index]),
         prompt_left=int(records.prompt_left[index]),
         token_budget=int(records.token_budget[index]),
+        max_sequences=int(records.max_sequences[index]),
         prefill_counts=records.prefill_counts[index],
         decode_counts=records.decode_counts[index],
         look_ahead=records.look_ahead[index],

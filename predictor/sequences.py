@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from predictor.lengths import RemainingLengths
+from predictor.routed_rows import RoutedRows
 from predictor.routing import StepRouting
 
 _DECODE_MEMORY = 24.0  # rows after which a sequence's own decoding counts 1/e
@@ -29,29 +30,36 @@ class RunningSequences:
         self._rows = np.zeros((2, 0), np.float32)
         self._emitted = np.zeros(0, np.int64)
         self._left = np.zeros(0, np.int64)
-        self._gain = 1.0
+        self.gain = 1.0
+        """How much a row of the latest step counts."""
+        self._numbers = np.zeros(0, np.int64)
         self._lengths = RemainingLengths()
         self._running = np.zeros(0, np.int64)
         self._prompt_left = np.zeros(0, np.int32)
         self._mean = np.zeros(cells, np.float32)  # of decoding rows, fading
 
-    def observe(self, step: StepRouting, cells: npt.NDArray[np.int64], learned: slice = slice(None)) -> None:
-        """Learn from the rows `learned` of a step; `cells` [R, c] are the cells of all its rows."""
-        slots = self._follow(step)
-        if not len(slots):
-            return
-        order = np.argsort(step.running)
-        owners = step.sequences[learned]
-        found = order[np.minimum(np.searchsorted(step.running, owners, sorter=order), len(order) - 1)]
-        ours = step.running[found] == owners
-        kind = step.prefill[learned][ours].astype(np.int64)
-        place = kind * len(self._emitted) + slots[found[ours]]
-        gain = np.where(kind == 0, np.float32(self._gain), np.float32(1))
-        width = cells.shape[1]
-        where = (place[:, None] * self._cells + cells[learned][ours]).ravel()
-        np.add.at(self._sums.reshape(-1), where, np.repeat(gain, width))
-        np.add.at(self._rows.reshape(-1), place, gain)
-        self._grow()
+    def follow(self, step: StepRouting) -> None:
+        """Note who runs after `step`, and how far; its rows are learned later."""
+        self.gain *= 1 / (1 - 1 / _DECODE_MEMORY)
+        self._follow(step)
+        self._numbers = step.running
+
+    def learn(self, rows: RoutedRows) -> None:
+        """Learn from rows of the steps that were followed since the last time; who runs no more is passed over."""
+        if len(self._numbers):
+            order = np.argsort(self._numbers)
+            found = order[np.minimum(np.searchsorted(self._numbers, rows.sequences, sorter=order), len(order) - 1)]
+            ours = self._numbers[found] == rows.sequences
+            prompt = rows.prefill[ours]
+            place = prompt * len(self._emitted) + self._running[found[ours]]
+            gain = np.where(prompt, np.float32(1), rows.gain[ours])
+            where = (place[:, None] * self._cells + rows.cells[ours]).ravel()
+            np.add.at(self._sums.reshape(-1), where, np.repeat(gain, rows.cells.shape[1]))
+            np.add.at(self._rows.reshape(-1), place, gain)
+        if self.gain > 1e6:
+            self._sums[0] /= self.gain
+            self._rows[0] /= self.gain
+            self.gain = 1.0
 
     def decoding(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Rows expected to be decoded soon and until their ends: (rows per cell [2, cells], rows [2])."""
@@ -62,9 +70,9 @@ class RunningSequences:
         expected = [self._lengths.expected(emitted, left, horizon) for horizon in (self._near, _FAR)]
         weight = np.stack(expected).astype(np.float32)
         weight *= self._prompt_left == 0
-        own, prompt = self._rows[0, slots] / np.float32(self._gain), self._rows[1, slots]
+        own, prompt = self._rows[0, slots] / np.float32(self.gain), self._rows[1, slots]
         total = own + np.where(prompt > 0, _PROMPT_COUNTS, 0) + _OTHERS_COUNT
-        by_own = weight / (total * np.float32(self._gain))
+        by_own = weight / (total * np.float32(self.gain))
         by_prompt = weight * _PROMPT_COUNTS / (total * np.maximum(prompt, 1))
         rows = by_own @ self._sums[0, slots] + by_prompt @ self._sums[1, slots]
         others = weight @ (_OTHERS_COUNT / total).astype(np.float32)
@@ -83,8 +91,8 @@ class RunningSequences:
         """How all sequences' decoding rows were routed lately, per row [cells]."""
         self._mean = mean
 
-    def _follow(self, step: StepRouting) -> npt.NDArray[np.int64]:
-        """Slots of the running sequences; those that are gone give theirs up."""
+    def _follow(self, step: StepRouting) -> None:
+        """Slots for the running sequences; those that are gone give theirs up."""
         running = step.running.tolist()
         gone = [self._slots.pop(number) for number in self._slots.keys() - set(running)]
         new = [number for number in running if number not in self._slots]
@@ -97,7 +105,6 @@ class RunningSequences:
         self._prompt_left = step.prompt_left
         self._learn_lengths(step.tokens_left, np.array(gone, np.int64), {self._slots[number] for number in new})
         self._free += gone
-        return self._running
 
     def _more(self) -> int:
         """Room for twice as many sequences; one of the new slots."""
@@ -124,10 +131,3 @@ class RunningSequences:
         self._lengths.observe(before[emitted > 0], self._emitted[early])
         self._emitted[slots] = before + emitted
         self._left[slots] = left
-
-    def _grow(self) -> None:
-        self._gain *= 1 / (1 - 1 / _DECODE_MEMORY)
-        if self._gain > 1e6:
-            self._sums[0] /= self._gain
-            self._rows[0] /= self._gain
-            self._gain = 1.0

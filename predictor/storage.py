@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from predictor.baselines import HistoryRidge
-from predictor.choice import Choice
+from predictor.batch_arithmetic import Pace
+from predictor.choice import METHODS, Choice
 from predictor.features import SCALARS, SHARES
 from predictor.headroom import LEVELS, Headroom
 from predictor.horizon import Horizon
@@ -31,7 +32,7 @@ from predictor.model import HorizonModel, LoadModel
 from predictor.rows_model import RowsModel
 from predictor.shape import ModelShape
 
-FORMAT = 1
+FORMAT = 2
 
 
 class PredictorError(ValueError):
@@ -82,7 +83,9 @@ def _write(model: LoadModel, folder: Path) -> None:
     described = []
     arrays: dict[str, npt.NDArray[Any]] = {}
     for index, (horizon, part) in enumerate(model.horizons.items()):
-        described.append({**dataclasses.asdict(horizon), "choices": [[c.method, dict(c.errors)] for c in part.choices]})
+        described.append(
+            {**dataclasses.asdict(horizon), "choices": [[c.method, dict(c.errors), c.part] for c in part.choices]}
+        )
         arrays |= {f"{index}:{name}": array for name, array in _arrays(part).items()}
         for name, booster in _boosters(part):
             booster.save_model(folder / f"{index}-{name}.txt")
@@ -98,7 +101,7 @@ def _write(model: LoadModel, folder: Path) -> None:
     (folder / "model.json").write_text(json.dumps(head, indent=1))
 
 
-_FEATURES = [*SCALARS, *SHARES, *(f"{kind}:{name}" for kind, name in SOURCES)]
+_FEATURES = [*SCALARS, *SHARES, *(f"{kind}:{name}" for kind, name, _ in SOURCES), *METHODS]
 
 
 def _arrays(part: HorizonModel) -> dict[str, npt.NDArray[Any]]:
@@ -109,6 +112,7 @@ def _arrays(part: HorizonModel) -> dict[str, npt.NDArray[Any]]:
         "static": part.mixture.static,
         "above": part.trees.above,
         "shifts": part.headroom.shifts,
+        "pace": np.array(dataclasses.astuple(part.rows.pace)),
     }
 
 
@@ -143,12 +147,17 @@ def _part(
         return lgb.Booster(model_str=text)
 
     boosters = [booster(f"layer-{layer}") for layer in range(len(shape.layers))]
-    choices = tuple(Choice(method, errors) for method, errors in described["choices"])
+    choices = tuple(Choice(*choice) for choice in described["choices"])
     if len(choices) != len(shape.layers) or array("static").shape != (len(shape.layers), shape.experts):
         raise ValueError("its parts are of different sizes")
     return HorizonModel(
         top_k=shape.top_k,
-        rows=RowsModel(Horizon(described["steps"], described["seconds"]), booster("prefill"), booster("decode")),
+        rows=RowsModel(
+            Horizon(described["steps"], described["seconds"]),
+            Pace(*arrays[f"{index}:pace"].tolist()),
+            booster("prefill"),
+            booster("decode"),
+        ),
         ridge=HistoryRidge(array("ridge.weights"), array("ridge.bias")),
         mixture=Mixture(array("mixture.weights"), array("static")),
         trees=LayerTrees(boosters, array("above"), array("static")),

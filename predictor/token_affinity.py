@@ -37,29 +37,30 @@ class TokenAffinity:
             if len(later):
                 self._pairs.learn(self._pair(tokens[later - 1], tokens[later]), cells[later])
 
-    def expect(self, tokens: Ints, ends: list[int], pairs: int) -> tuple[Floats, Floats, int]:
-        """Rows to be expected of the first ``ends[s]`` of `tokens`, of which the first `pairs` are looked at in pairs.
+    def cost(self, tokens: int) -> int:
+        """Rows of tables that `expect` looks up for so many tokens."""
+        return tokens if self._pairs is None else 2 * tokens
 
-        (rows [S, cells], left to the prior [S], how many rows of tables were looked up)
+    def expect(self, tokens: Ints, *, follows: npt.NDArray[np.bool_] | bool = True) -> tuple[Floats, float]:
+        """Rows to be expected of `tokens` [n]: (rows [cells], rows left to the prior).
+
+        `follows`: which of the tokens come right after the one before them.
         """
-        buckets = self._tokens.bucket(tokens)
-        rows, looked_up, doubt = self._expect_pairs(tokens[:pairs], ends)
-        distinct, counts = self._tokens.distinct(buckets, ends, doubt)
-        by_token, unknown = self._tokens.expect(distinct, counts, _PRIOR_ROWS)
-        return rows + by_token, unknown, looked_up + len(distinct)
+        counts = np.ones(len(tokens), np.float32)
+        rows: Floats = np.zeros(1, np.float32)
+        if self._pairs is not None and len(tokens) > 1:
+            later = 1 + np.flatnonzero(np.broadcast_to(follows, len(tokens))[1:])
+            pairs = self._pair(tokens[later - 1], tokens[later])
+            rows, counts[later] = self._pairs.expect(pairs, counts[later], _TOKEN_COUNTS)
+        by_token, unknown = self._tokens.expect(self._tokens.bucket(tokens), counts, _PRIOR_ROWS)
+        return rows + by_token, float(unknown.sum())
 
-    def _expect_pairs(self, tokens: Ints, ends: list[int]) -> tuple[Floats, int, Floats | None]:
-        """What pairs know of the rows of `tokens`, and of each token's row how much is left to the token alone."""
-        if self._pairs is None or len(tokens) < 2:
-            return np.zeros((1, 1), np.float32), 0, None
-        buckets = self._pair(tokens[:-1], tokens[1:])
-        distinct, counts = self._pairs.distinct(buckets, [min(max(end - 1, 0), len(buckets)) for end in ends])
-        rows, _ = self._pairs.expect(distinct, counts, _TOKEN_COUNTS)
-        return (
-            rows,
-            len(distinct),
-            np.concatenate([[1.0], self._pairs.doubt(buckets, _TOKEN_COUNTS)]).astype(np.float32),
-        )
+    def sampled(self, tokens: Ints, most: int) -> tuple[Floats, float]:
+        """Like `expect`, from at most about `most` of the tokens, each without the one before it."""
+        some = tokens[:: max(1, len(tokens) // max(most, 1))]
+        counts = np.full(len(some), len(tokens) / max(len(some), 1), np.float32)
+        rows, unknown = self._tokens.expect(self._tokens.bucket(some), counts, _PRIOR_ROWS)
+        return rows, float(unknown.sum())
 
     def _pair(self, before: Ints, tokens: Ints) -> Ints:
         assert self._pairs is not None

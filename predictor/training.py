@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from predictor.baselines import HistoryRidge
-from predictor.choice import choose
+from predictor.choice import METHODS, validated
 from predictor.headroom import Headroom
 from predictor.horizon import HORIZONS, Horizon
 from predictor.layer_trees import LayerTrees
@@ -75,10 +75,11 @@ def fit_horizon(learn: Samples, check: Samples, horizon: Horizon, seed: int) -> 
         headroom=Headroom.fit(learn, expected.astype(np.float32), rows, seed),
         choices=(),
     )
-    candidates, rows = model.candidates(check.scalars, check.shares)
-    model = replace(model, choices=choose(candidates, check.future.shares))
-    parts = [(check, model.forecast(check.scalars, check.shares).rows, rows), _unseen(learn, check, horizon, seed)]
-    model.headroom.calibrate(*_joined(parts))
+    candidates = model.candidates(check.scalars, check.shares)
+    by_method = dict(zip(METHODS, candidates.shares, strict=True))
+    model = replace(model, choices=validated(by_method, check.future.shares))
+    forecast = model.forecast(check.scalars, check.shares)
+    model.headroom.calibrate(*_joined([(check, forecast.rows, candidates.rows), _unseen(learn, check, horizon, seed)]))
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +69,7 @@ class Follower:
     def use(self, model: LoadModel | None) -> None:
         """Forecast with `model` from now on."""
         self._forecaster.use(model)
-        promised = [choice.errors[choice.method] for choice in self._choices()]
+        promised = [choice.errors[choice.method] for choice in self._forecaster.choices(self._horizon)]
         self._drift = DriftWatch(float(np.mean(promised)) if promised else np.inf)
 
     def look(self, horizon_s: float) -> None:
@@ -96,7 +97,8 @@ class Follower:
             counts = np.zeros((len(self.shape.layers), self.shape.experts), np.int64)
             self._open.append(_Open(forecast, self._time_s + self._horizon.seconds, counts))
             self._forecast_at = self.steps
-        return [self._layer(place, forecast) for place in range(len(self.shape.layers))]
+        choices = self._forecaster.choices(self._horizon)
+        return [self._layer(place, forecast, choices) for place in range(len(self.shape.layers))]
 
     def _judge(self, ended: _Open) -> None:
         errors = forecast_error(ended.forecast, ended.counts.astype(np.int32))
@@ -107,14 +109,7 @@ class Follower:
         if np.isfinite(errors).any():
             self._drift.observe(float(np.nanmean(errors)))
 
-    def _choices(self) -> tuple[Choice, ...]:
-        model = self._forecaster.model
-        if model is None or self._horizon not in model.horizons:
-            return ()
-        return model.horizons[self._horizon].choices
-
-    def _layer(self, place: int, forecast: Forecast) -> LayerForecast:
-        choices = self._choices()
+    def _layer(self, place: int, forecast: Forecast, choices: Sequence[Choice]) -> LayerForecast:
         if choices:
             method, reason = choices[place].method, choices[place].reason
         else:

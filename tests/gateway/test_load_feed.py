@@ -54,7 +54,7 @@ class Told:
         self.engine = Engine(model, settings, routing=self.log)
         layers, experts, top_k = tuple(manifest.moe_layers), manifest.num_experts, manifest.top_k
         self.shape = ModelShape(manifest.fingerprint, layers, experts, top_k, model.vocab_size)
-        self.feed = LoadFeed(RoutingPacker(self.log, experts, BUDGET), hello(self.shape))
+        self.feed = LoadFeed(RoutingPacker(self.log, experts, BUDGET, 4), hello(self.shape))
         self.steps = 0
 
     def answer(self, name: str = "one") -> None:

@@ -52,7 +52,9 @@ class Watched:
         self.engine = Engine(
             self.model, EngineSettings(**settings), clock=iter(range(10**6)).__next__, routing=self.log
         )
-        self.packer = RoutingPacker(self.log, self.manifest.num_experts, settings["token_budget"])
+        self.packer = RoutingPacker(
+            self.log, self.manifest.num_experts, settings["token_budget"], settings["max_sequences"]
+        )
         forward = self.model.forward
 
         def spied(batch: Any) -> torch.Tensor:
@@ -114,18 +116,24 @@ def test_a_prompt_in_chunks_keeps_its_number_and_says_what_is_left(family: Inlin
     assert [step.running.tolist() for step in told] == [[1], [1], [1], [1], []]
 
 
+def queued_tokens(step: StepRouting) -> list[int]:
+    return [token for number, start, last in step.queue for token in step.prompts[number][start:last].tolist()]
+
+
 def test_what_waits_is_told_in_order_of_service(family: InlineFamily) -> None:
     watched = Watched(family, max_sequences=1, token_budget=10)
     asked = prompts(25, 7, 12)
     first = watched.answer(*asked, max_tokens=2)[0]
-    assert first.queued_tokens.tolist() == asked[0][10:] + asked[1] + asked[2]
-    assert (first.waiting, first.waiting_tokens, first.token_budget) == (2, 7 + 12, 10)
+    assert queued_tokens(first) == asked[0][10:] + asked[1] + asked[2]
+    assert (first.waiting, first.waiting_tokens, first.token_budget, first.max_sequences) == (2, 7 + 12, 10, 1)
 
 
 def test_the_queue_is_told_up_to_a_bound(family: InlineFamily) -> None:
     watched = Watched(family, max_sequences=1, token_budget=2)
     first = watched.answer(*prompts(60, 60, 60), max_tokens=1)[0]
-    assert len(first.queued_tokens) == 64 * 2
+    assert [last - start for _, start, last in first.queue] == [58, 60, 60], (
+        "the first 64 x 2, and what is begun of them"
+    )
     assert first.waiting_tokens == 120
 
 

@@ -64,8 +64,7 @@ def routings(
         ids = np.array(tokens, np.int32)
         scores = liking[:, ids] + rng.gumbel(size=(len(shape.layers), len(ids), shape.experts))
         experts = np.argsort(-scores, axis=2)[:, :, : shape.top_k].astype(np.int16)
-        rest = [prompts[n][done[n] :] for n in running] + [prompts[n] for n in waiting]
-        queued = np.array([token for words in rest for token in words][: 64 * budget], np.int32)
+        queue = [(n, done[n], len(prompts[n])) for n in running + waiting if done[n] < len(prompts[n])]
         yield StepRouting(
             time_s=0.05 * step,
             token_ids=ids,
@@ -76,8 +75,10 @@ def routings(
             running=np.array(running, np.int64),
             prompt_left=np.array([len(prompts[n]) - done[n] for n in running], np.int32),
             tokens_left=np.array([left[n] for n in running], np.int32),
-            queued_tokens=queued,
+            queue=queue,
+            prompts={n: np.array(prompts[n], np.int32) for n, _, _ in queue},
             waiting=len(waiting),
             waiting_tokens=sum(len(prompts[n]) for n in waiting),
             token_budget=budget,
+            max_sequences=8,
         )

@@ -1,6 +1,7 @@
 """Forecasts: always shares, better than history where more is known, no better where nothing can be known."""
 
 import dataclasses
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from predictor.choice import choose
+from predictor.adaptation import follow
+from predictor.choice import METHODS, Trust, validated
 from predictor.evaluation import evaluate, hottest_recall, noise_floor
 from predictor.features import History
 from predictor.forecaster import Forecaster, forecast_error
@@ -49,6 +51,7 @@ def made_up_step(shape: ModelShape, counts: npt.NDArray[np.float64], rows: int) 
         waiting_tokens=0,
         prompt_left=0,
         token_budget=8,
+        max_sequences=4,
         prefill_counts=counts.astype(np.int32),
         decode_counts=np.zeros_like(counts, np.int32),
         look_ahead=counts.astype(np.int32),
@@ -120,6 +123,42 @@ def test_a_shuffled_future_gives_no_gain(recording: Records, other_day: Records)
 
     evaluation = evaluate(train([shuffled(recording, 1)], horizons=[HORIZON]), [shuffled(other_day, 2)])[0]
     assert evaluation.errors["chosen"].mean() > 0.97 * evaluation.errors["static mean"].mean()
+
+
+def test_a_forecast_knows_nothing_of_what_comes_after_it(model: LoadModel, recording: Records) -> None:
+    """Nor does what was learned from earlier forecasts."""
+    samples = sample(recording, [HORIZON], 1)[0]
+    changed = dataclasses.replace(samples.future, counts=samples.future.counts.copy())
+    late = samples.ends > samples.steps[300]
+    changed.counts[late] = changed.counts[late][..., ::-1] * 3
+    other = dataclasses.replace(samples, future=changed)
+    first, second = (follow(model.horizons[HORIZON], some) for some in (samples, other))
+    np.testing.assert_array_equal(first.shares[:301], second.shares[:301])
+    np.testing.assert_array_equal(first.p90[:301], second.p90[:301])
+    assert (first.p90[400:] != second.p90[400:]).any(), "what has come is learned from"
+
+
+def test_live_and_in_evaluation_the_same_is_learned(model: LoadModel, recording: Records) -> None:
+    samples = sample(recording, [HORIZON], 4)[0]
+    told = follow(model.horizons[HORIZON], samples)
+    forecaster, live = Forecaster(SHAPE, model), []
+    for index in range(int(samples.steps[-1]) + 1):
+        forecaster.observe(load_step(recording, index))
+        if index in samples.steps:
+            live.append(forecaster.forecast(HORIZON))
+    np.testing.assert_allclose(np.concatenate([one.shares for one in live]), told.shares, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([one.p90 for one in live]), told.p90, rtol=1e-3, atol=1e-3)
+    assert [c.method for c in forecaster.choices(HORIZON)] == [c.method for c in told.adaptation.trust.choices()]
+
+
+def test_room_grows_where_more_comes_than_was_learned(model: LoadModel, recording: Records) -> None:
+    """Traffic of three times the rows: at first more than p90 says, soon nine times of ten within it."""
+    more = {name: 3 * getattr(recording, name) for name in ("prefill_counts", "decode_counts")}
+    flood = dataclasses.replace(recording, **more)
+    samples = sample(flood, [HORIZON], 1)[0]
+    within = (samples.future.counts <= follow(model.horizons[HORIZON], samples).p90).mean(axis=(1, 2))
+    assert within[:20].mean() < 0.5
+    assert 0.85 < within[len(within) // 2 :].mean() < 0.95
 
 
 def test_features_know_nothing_of_what_comes_after(recording: Records) -> None:
@@ -196,13 +235,41 @@ def test_too_few_records_are_refused() -> None:
         train([records(60), records(60, shape=dataclasses.replace(SHAPE, fingerprint="x"))])
 
 
-def test_each_layer_keeps_what_won_and_says_why() -> None:
+def test_each_layer_is_carried_by_what_won_and_says_why() -> None:
     actual = np.tile(np.array([0.5, 0.5], np.float32), (10, 2, 1))
     wrong, right = actual.copy(), actual.copy()
     wrong[:, 0], right[:, 1] = (1, 0), (1, 0)
-    choices = choose({"average 16": wrong, "lightgbm": right}, actual)
+    bad = np.tile(np.array([1, 0], np.float32), (10, 2, 1))
+    choices = validated({**dict.fromkeys(METHODS, bad), "average 16": wrong, "lightgbm": right}, actual)
     assert [choice.method for choice in choices] == ["lightgbm", "average 16"]
-    assert choices[0].reason == "lightgbm: error 0.0000 on validation, the next best (average 16) 0.5000"
+    assert choices[0].reason == "lightgbm carries 96%: error 0.0000 on validation, the next best (average 16) 0.5000"
+
+
+def errors_of(**errors: float) -> npt.NDArray[np.float64]:
+    """[METHODS, 1]: what is not told errs by 0.2."""
+    return np.array([[errors.get(name.replace(" ", "_"), 0.2)] for name in METHODS])
+
+
+def test_trust_goes_to_whatever_errs_least_and_comes_back() -> None:
+    trust = Trust(errors_of(lightgbm=0.1))
+    assert trust.choices()[0].method == "lightgbm"
+    for _ in range(60):
+        trust.learn(errors_of(lightgbm=0.3, average_64=0.15), 1.0)
+    drifted = trust.choices()[0]
+    assert drifted.method == "average 64"
+    assert drifted.part > 0.5
+    assert re.match("average 64 carries .* error 0.15.. lately, the next best", drifted.reason)
+    for _ in range(60):
+        trust.learn(errors_of(lightgbm=0.1), 1.0)
+    assert trust.choices()[0].method == "lightgbm"
+    np.testing.assert_allclose(trust.weights.sum(axis=0), 1)
+
+
+def test_a_layer_in_which_nothing_came_changes_no_trust() -> None:
+    trust = Trust(errors_of(mixture=0.1))
+    before = trust.choices()[0]
+    trust.learn(errors_of(mixture=0.0) * 0, 0.0)
+    assert trust.choices()[0] == before
 
 
 def test_scores_are_what_they_say(recording: Records) -> None:

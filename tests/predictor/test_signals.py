@@ -34,10 +34,12 @@ def step(
         running=np.array([7], np.int64),
         prompt_left=np.zeros(1, np.int32),
         tokens_left=np.array([left], np.int32),
-        queued_tokens=np.array(queue or [], np.int32),
+        queue=[(8, 0, len(queue))] if queue else [],
+        prompts={8: np.array(queue, np.int32)} if queue else {},
         waiting=0,
         waiting_tokens=0,
         token_budget=8,
+        max_sequences=4,
     )
 
 
@@ -51,6 +53,8 @@ def test_rows_are_counted_by_layer_expert_and_kind() -> None:
 def test_queued_tokens_foretell_the_experts_they_went_to_before() -> None:
     signals = LoadSignals(TINY)
     for _ in range(30):
+        signals.observe(step([1, 2], [0, 3], prefill=False))
+    for _ in range(5):
         load = signals.observe(step([1, 2], [0, 3], queue=[1, 1, 1, 2], prefill=False))
     queue = load.signals[SIGNALS.index("queue_1"), 0]
     np.testing.assert_allclose(queue, [0.75, 0, 0, 0.25], atol=0.05)
@@ -62,16 +66,33 @@ def test_a_token_is_routed_by_the_one_before_it_where_that_is_known() -> None:
     for _ in range(40):
         signals.observe(step([1, 2], [0, 3]))
         signals.observe(step([3, 2], [0, 1]))
-    after_three = signals.observe(step([5], [2], queue=[3, 2, 3, 2, 3, 2])).signals[SIGNALS.index("queue_1"), 0]
+    for _ in range(5):
+        load = signals.observe(step([5], [2], queue=[3, 2, 3, 2, 3, 2], prefill=False))
+    after_three = load.signals[SIGNALS.index("queue_1"), 0]
     np.testing.assert_allclose(after_three, [0.5, 0.5, 0, 0], atol=0.06)
 
 
-def test_what_was_computed_meanwhile_does_not_wait_any_more() -> None:
+EVEN = np.full(4, 0.25, np.float32)
+
+
+def known_tokens() -> TokenAffinity:
+    """Token 1 goes to cell 0, token 2 to cell 3, of others nothing is known."""
     affinity = TokenAffinity(10, 4, max_bytes=1 << 10)
     for _ in range(50):
         affinity.learn(np.array([1, 2]), np.array([[0], [3]]), np.zeros(2, bool))
-    queue = QueueAhead(affinity)
-    queue.look(step([], [], queue=[1] * 8 + [2] * 8), np.full(4, 0.25, np.float32))
+    return affinity
+
+
+def waiting(*prompts: list[int], begun: int = 0) -> StepRouting:
+    """A step after which sequences 1, 2, ... wait; of the first, so many tokens are computed."""
+    queue = [(number, 0 if number > 1 else begun, len(prompt)) for number, prompt in enumerate(prompts, 1)]
+    known = {number: np.array(prompt, np.int32) for number, prompt in enumerate(prompts, 1)}
+    return dataclasses.replace(step([], []), queue=queue, prompts=known)
+
+
+def test_what_was_computed_meanwhile_does_not_wait_any_more() -> None:
+    queue = QueueAhead(known_tokens(), 4)
+    queue.look(waiting([1] * 8, [2] * 8), EVEN, 100)
     assert queue.spans()[0][0].argmax() == 0
     queue.passed = 8
     rows, lengths = queue.spans()
@@ -82,6 +103,48 @@ def test_what_was_computed_meanwhile_does_not_wait_any_more() -> None:
     assert queue.spans()[1].max() == 0
 
 
+def test_a_prompt_that_has_begun_waits_with_its_rest() -> None:
+    queue = QueueAhead(known_tokens(), 4)
+    for begun, rest in ((0, 8), (6, 2)):
+        queue.look(waiting([1] * 8, [2] * 8, begun=begun), EVEN, 100)
+        rows, lengths = queue.spans()
+        assert lengths[-1] == rest + 8
+        np.testing.assert_allclose(rows[-1], [rest, 0, 0, 8], atol=0.6)
+
+
+def test_who_was_not_looked_up_yet_goes_like_the_others() -> None:
+    """The rows of tables that a look takes are bounded: a flood is looked up over several."""
+    queue, ones = QueueAhead(known_tokens(), 4), []
+    for _ in range(6):
+        queue.look(waiting(*[[1] * 8] * 5), EVEN, 24)
+        ones.append(float(queue.spans()[0][-1][0]))
+    assert ones == sorted(ones)
+    assert ones[0] < 30 < 38 < ones[-1], "40 tokens, all of one kind"
+    queue.look(waiting(), EVEN, 100)
+    assert queue.spans()[1].max() == 0
+
+
+def test_who_waits_for_long_is_looked_up_again() -> None:
+    affinity = TokenAffinity(10, 4, max_bytes=1 << 10)
+    queue = QueueAhead(affinity, 4)
+    queue.look(waiting([1] * 8), EVEN, 100)
+    for _ in range(50):
+        affinity.learn(np.array([1]), np.array([[2]]), np.zeros(1, bool))
+    queue.look(waiting([1] * 8), EVEN, 100)
+    assert queue.spans()[0][-1][2] == 2
+    for _ in range(40):
+        queue.look(waiting([1] * 8), EVEN, 100)
+    assert queue.spans()[0][-1][2] > 7
+
+
+def test_a_prompt_too_long_to_look_up_is_sampled() -> None:
+    queue = QueueAhead(known_tokens(), 4)
+    queue.look(waiting([1, 2] * 500), EVEN, 24)
+    rows, lengths = queue.spans()
+    assert lengths[-1] == 64 * 8
+    np.testing.assert_allclose(rows[-1].sum(), 64 * 8, rtol=0.01)
+
+
 def test_what_a_token_does_may_change_and_the_old_is_forgotten() -> None:
     affinity = Affinity(4, 2, memory=20)
     one, two = np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64)
@@ -89,8 +152,8 @@ def test_what_a_token_does_may_change_and_the_old_is_forgotten() -> None:
         affinity.learn(np.array([2]), one)
     for _ in range(100):
         affinity.learn(np.array([2]), two)
-    rows, _ = affinity.expect(np.array([2]), np.ones((1, 1), np.float32), 0.0)
-    assert rows[0, 1] > 0.95
+    rows, _ = affinity.expect(np.array([2]), np.ones(1, np.float32), 0.0)
+    assert rows[1] > 0.95
 
 
 def test_the_table_is_bounded_whatever_the_vocabulary() -> None:
@@ -106,7 +169,7 @@ def test_an_affinity_is_right_after_very_many_observations() -> None:
     affinity = Affinity(1, 2, memory=5)
     for i in range(500):
         affinity.learn(np.zeros(1, np.int64), np.array([[i % 2]]))
-    rows, _ = affinity.expect(np.zeros(1, np.int64), np.ones((1, 1), np.float32), 0.0)
+    rows, _ = affinity.expect(np.zeros(1, np.int64), np.ones(1, np.float32), 0.0)
     assert np.isfinite(rows).all()
     assert rows.sum() == pytest.approx(1.0, rel=1e-3)
 

@@ -114,7 +114,7 @@ def test_it_trains_from_the_stream_and_uses_what_it_learned(
     found = published(directory)
     assert found is not None
     assert found.trained_steps >= 2000
-    assert all("validation" in layer.reason for layer in found.layers)
+    assert all(" carries " in layer.reason for layer in found.layers)
     assert storage.versions(tmp_path / "models") == [1]
 
 
