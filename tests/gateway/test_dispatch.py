@@ -366,7 +366,7 @@ def test_a_step_that_waits_for_replicas_goes_on_when_the_gateway_may_compute(mak
 def test_rows_of_a_lost_expert_wait_for_another_replica_where_the_policy_says_so(make: Callable[..., Cluster]) -> None:
     cluster = make()
     cluster.dispatcher.use(
-        cluster.inline, 1, 5.0, choice=None, may_inline=True, wait_when_lost=True,  # type: ignore[arg-type]
+        cluster.inline, 1, 5.0, choice=None, may_inline=True, wait_when_lost=True,
     )  # fmt: skip
     cluster.check()
     assert cluster.inline.rows > 0, "what never had a replica is not lost"
