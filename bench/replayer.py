@@ -14,7 +14,8 @@ import uvloop
 
 from bench.report import finish, options
 from bench.sse_server import sse_server
-from replay.client import Client, go_first, open_session
+from replay.client import Client, go_first
+from replay.connection import Connections
 from replay.outcome import Outcome
 from replay.prompts import Prompts
 from replay.replayer import Asking, Replayer
@@ -37,13 +38,13 @@ def trace(seconds: float, tokens: int) -> Iterator[TraceRequest]:
 async def play(port: int, seconds: float, tokens: int) -> tuple[list[Outcome], float, float]:
     """(outcomes, when it began on the monotonic clock, share of a core taken)."""
     outcomes: list[Outcome] = []
-    async with open_session() as session:
-        client = Client(session, f"http://127.0.0.1:{port}")
-        replayer = Replayer(client, Prompts(_TEXT), Asking("any"), outcomes.append)
-        go_first()
-        started, cpu = time.perf_counter(), time.process_time()
-        await replayer.run(trace(seconds, tokens))
-        share = (time.process_time() - cpu) / (time.perf_counter() - started)
+    connections = Connections(f"http://127.0.0.1:{port}")
+    replayer = Replayer(Client(connections), Prompts(_TEXT), Asking("any"), outcomes.append)
+    go_first()
+    started, cpu = time.perf_counter(), time.process_time()
+    await replayer.run(trace(seconds, tokens))
+    share = (time.process_time() - cpu) / (time.perf_counter() - started)
+    connections.close()
     assert replayer.began is not None
     return outcomes, replayer.began, share
 

@@ -110,16 +110,18 @@ def record(
 @app.command()
 def status(
     url: Annotated[str, typer.Option(help="Where the service listens.")] = "http://127.0.0.1:8000",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    why: Annotated[bool, typer.Option("--why", help="Also say why each unit has so many replicas.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Show the experts of a running service: replicas, nodes, resident layers and calls by path."""
-    from deploy.status import fetch_status, print_status
+    """Show the experts of a running service: replicas and their devices, resident slices, rows, and the plan."""
+    from deploy.status import fetch_status
+    from deploy.status_table import print_status
 
     report = fetch_status(url)
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
-        print_status(report, _out)
+        print_status(report, _out, why=why)
 
 
 def main() -> None:

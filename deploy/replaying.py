@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deploy.texts import plain_texts
-from replay.client import Client, go_first, open_session
+from replay.client import Client, allow_many_files, go_first
+from replay.connection import Connections
 from replay.outcome import Outcome, OutcomeWriter
 from replay.prompts import Prompts
 from replay.reading import Trace
 from replay.replay_report import Played, write_report
 from replay.replayer import Asking, Replayer
-from replay.server import ask_models, prompts_for
+from replay.server import ask_models, key_header, open_session, prompts_for
 from replay.slo import Slo
 from replay.statistics import describe
 from replay.summary import Summary, Tally
@@ -68,11 +69,13 @@ def play(plan: Plan, trace: Trace, out: Path, console: Console, checked: Callabl
 async def _play(plan: Plan, trace: Trace, planned: int, out: Path, bar: Progress) -> tuple[Played, Tally]:
     async with open_session(plan.api_key) as session:
         served = await ask_models(session, plan.url, plan.model)
-        client = Client(session, plan.url, plan.retries, plan.timeout_s)
+        connections = Connections(plan.url, key_header(plan.api_key))
+        client = Client(connections, plan.retries, plan.timeout_s)
         longest = min((tokens for tokens in (plan.longest, served.longest) if tokens is not None), default=None)
         seed = plan.selection.seed
         asking = Asking(served.model, longest, plan.temperature, plan.ignore_eos, seed)
-        prompts = await prompts_for(client, asking, plain_texts(_TEXT_CHARACTERS), as_text=plan.as_text, seed=seed)
+        texts = plain_texts(_TEXT_CHARACTERS)
+        prompts = await prompts_for(session, plan.url, client, asking, texts, as_text=plan.as_text, seed=seed)
         tally = Tally(plan.slo)
         out.mkdir(parents=True, exist_ok=True)
         with OutcomeWriter(out / REQUESTS_FILE) as writer:
@@ -83,6 +86,7 @@ async def _play(plan: Plan, trace: Trace, planned: int, out: Path, bar: Progress
 
             replayer = Replayer(client, prompts, asking, tell)
             complete = await _run(replayer, plan, trace, planned, bar)
+        connections.close()
     return _played(plan, trace, replayer, asking, prompts, planned, complete), tally
 
 
@@ -100,6 +104,7 @@ async def _run(replayer: Replayer, plan: Plan, trace: Trace, planned: int, bar: 
     showing = asyncio.create_task(_show(replayer, planned, bar))
     gc.collect()
     gc.freeze()  # what is there now need not be looked at again while requests wait to be sent
+    allow_many_files()
     go_first()
     try:
         await replayer.run(requests(plan.selection.of(answered(trace))))

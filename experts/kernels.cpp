@@ -4,6 +4,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
@@ -195,6 +196,35 @@ at::Tensor product(const at::Tensor& rows, const at::Tensor& weight, const std::
   return out;
 }
 
+// Products that compiled layers of this thread ask for: number `slot` of a layer is at first[layer] + slot.
+struct Products {
+  std::vector<at::Tensor> weights, biases;
+  std::vector<int64_t> first;
+  int64_t most_rows = 0;
+};
+thread_local Products products;
+
+// From now on this thread's layers get these products without Python, for up to `most_rows` rows; an empty bias is none.
+void products_of(at::TensorList weights, at::TensorList biases, at::IntArrayRef first, int64_t most_rows) {
+  TORCH_CHECK(weights.size() == biases.size() && (first.empty() || first.back() == (int64_t)weights.size()));
+  products = {weights.vec(), biases.vec(), first.vec(), most_rows};
+}
+
+// A compiled layer's product number `slot`: see gateway/layer_ops.py, which answers what is not known here.
+at::Tensor linear(const at::Tensor& rows, const at::Tensor& layer, int64_t slot, int64_t out) {
+  const int64_t number = *layer.const_data_ptr<int64_t>();
+  const auto& first = products.first;
+  if (number >= 0 && number + 1 < static_cast<int64_t>(first.size()) && slot < first[number + 1] - first[number]) {
+    const at::Tensor &weight = products.weights[first[number] + slot], &bias = products.biases[first[number] + slot];
+    if (rows.scalar_type() == weight.scalar_type() && rows.numel() <= products.most_rows * weight.size(1))
+      return product(rows, weight, bias.numel() ? std::optional(bias) : std::nullopt);
+  }
+  static const auto python = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("evermoe::linear_in_python", "")
+                                 .typed<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t)>();
+  return python.call(rows, layer, slot, out);
+}
+
 // sum over k of weights[t, k] * rows[place[t * K + k]], in fp32 and in the order of k.
 template <typename T>
 void sum(const T* rows, const int64_t* place, const float* weights, T* out, int64_t tokens, int64_t top_k,
@@ -307,6 +337,7 @@ TORCH_LIBRARY_FRAGMENT(evermoe, library) {
   library.def("expert_ffn(Tensor rows, int[] counts, Tensor[] up, Tensor[] down, Tensor(a!) out) -> ()");
   library.def("mixture(Tensor hidden, Tensor index, Tensor weights, Tensor[] up, Tensor[] down) -> Tensor");
   library.def("product(Tensor rows, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("products_of(Tensor[] weights, Tensor[] biases, int[] first, int most_rows) -> ()", &products_of);
   library.def("weighted_sum(Tensor rows, Tensor place, Tensor weights) -> Tensor");
   library.def("lay_out(Tensor hidden, Tensor index, int[] parts, Tensor(a!) out) -> Tensor");
   library.def("send_calls(int[] fds, int[] heads, int[] segments) -> int[]", &evermoe::send_calls);
@@ -323,6 +354,7 @@ TORCH_LIBRARY_IMPL(evermoe, CPU, library) {
   library.impl("expert_ffn", &expert_ffn);
   library.impl("mixture", &mixture);
   library.impl("product", &product);
+  library.impl("linear", &linear);
   library.impl("weighted_sum", &weighted_sum);
   library.impl("lay_out", &evermoe::lay_out);
   library.impl("receive_replies", &evermoe::receive_replies);

@@ -122,8 +122,8 @@ class Dispatcher:
         summed = self._inline.mixture(layer, hidden, index, weights)
         if summed is not None:
             spent = self._times.end("inline")
-            experts, rows = np.unique(index.numpy(), return_counts=True)
-            parts = [Part(expert, 0, count) for expert, count in zip(experts.tolist(), rows.tolist(), strict=True)]
+            rows = collections.Counter(index.flatten().tolist())
+            parts = [Part(expert, 0, count) for expert, count in rows.items()]
             self._count(layer, parts, "inline")
             if self._choice is not None:
                 self._choice.was_here(parts, spent)

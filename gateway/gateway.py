@@ -219,7 +219,7 @@ class Gateway:
         """The plan before, or without, a planner."""
         count = self._policy.experts.replicas
         replicas = {unit.name: unit_bounds(self._policy, unit).clamp(count) for unit in self._units}
-        return Plan(epoch=epoch, replicas=replicas, reason="experts.replicas of the policy")
+        return Plan(epoch=epoch, replicas=replicas, reason="experts.replicas of the policy", made_at=time.time())
 
     def _connect(self, secret: bytes) -> Dispatcher:
         """The dispatcher with the fleet it uses, and what the gateway computes itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -23,15 +24,25 @@ class Fleet:
     """Replicas, in the order of their ids, and how fast each is."""
 
     def __init__(
-        self, grid: Grid, replicas: Sequence[ReplicaView], slice_bytes: int, settings: RoundSettings, inline: Speed
+        self,
+        grid: Grid,
+        replicas: Sequence[ReplicaView],
+        planned: Mapping[str, Sequence[Copy]],
+        slice_bytes: int,
+        settings: RoundSettings,
+        inline: Speed,
     ) -> None:
-        """Draining replicas, and those of units that are not there, don't count. `inline` is a gateway's speed."""
+        """Draining replicas, and those of units that are not there, don't count. `inline` is a gateway's speed.
+
+        What `planned` asked of a replica counts as resident: it is being loaded.
+        """
         own = [each for each in replicas if each.unit in grid.index and not each.draining]
         self.replicas = tuple(sorted(own, key=lambda each: each.id))
         self.unit: Ints = np.array([grid.index[each.unit] for each in self.replicas], dtype=np.int64)
         self.speed = _common(self.replicas, settings.device or inline)
         """Of a replica like most of them."""
-        self._grid, self._bytes, self._settings, self._inline = grid, slice_bytes, settings, inline
+        self._grid, self._planned, self._bytes = grid, planned, slice_bytes
+        self._settings, self._inline = settings, inline
         self._size = np.bincount(grid.unit.reshape(-1), minlength=len(grid.units))
 
     @property
@@ -55,13 +66,12 @@ class Fleet:
             if left[number] > 0:
                 left[number] -= 1
                 kept.append(each)
-        return Fleet(self._grid, kept, self._bytes, self._settings, self._inline)
+        if len(kept) == len(self.replicas):
+            return self
+        return Fleet(self._grid, kept, self._planned, self._bytes, self._settings, self._inline)
 
-    def problem(self, demand: Demand, planned: Mapping[str, Sequence[Copy]], startable: Ints | None = None) -> Problem:
-        """These devices, and so many more of each unit that are `startable` [U].
-
-        What `planned` asked of a replica counts as resident: it is being loaded.
-        """
+    def problem(self, demand: Demand, startable: Ints | None = None) -> Problem:
+        """These devices, and so many more of each unit that are `startable` [U]."""
         more = np.zeros(len(self._grid.units), dtype=np.int64) if startable is None else startable
         new = np.repeat(np.arange(len(more)), more)
         nodes = sorted({each.node for each in self.replicas}) or [""]
@@ -80,7 +90,7 @@ class Fleet:
             slice_bytes=self._bytes,
             speed=self.speed,
             inline=self._inline,
-            resident=self._resident(planned),
+            resident=self._resident,
             unit=self._grid.unit,
         )
 
@@ -100,10 +110,11 @@ class Fleet:
         bounded: Floats = np.clip(relative, 1 / _LIKE, _LIKE)
         return bounded
 
-    def _resident(self, planned: Mapping[str, Sequence[Copy]]) -> Copies:
+    @functools.cached_property
+    def _resident(self) -> Copies:
         copies: list[tuple[int, int, int, float]] = []
         for device, each in enumerate(self.replicas):
-            shares = {(copy.layer, copy.expert): copy.share for copy in planned.get(each.id, ())}
+            shares = {(copy.layer, copy.expert): copy.share for copy in self._planned.get(each.id, ())}
             for layer, expert in each.slices | shares.keys():
                 row = self._grid.place.get(layer)
                 known = row is not None and 0 <= expert < self._grid.unit.shape[1]

@@ -38,16 +38,17 @@ def place(problem: Problem, scaled: Scale, settings: PlacementSettings) -> Assig
     limits = _limits(problem, scaled, settings)
     missing = _missing(table, scaled, settings, limits.bound)
     must = (missing > 0) & (table.copies[:, :-1] < _least(scaled, settings))
-    table.share()
+    table.share(limits.goal)
     stay, seconds = table.snapshot(), _seconds(table, limits)
     over = table.total > limits.room
     if missing.any() or over:
         deal(table, problem, missing, _make_room(table, scaled, missing, limits.room))
     apart = spread_out(table, problem, scaled, limits.bound)
     if missing.any() or apart or over:
-        table.share()
+        changed = missing.any(axis=1) | apart | over
+        table.share(np.where(changed, limits.goal, np.inf))
     Repair(table, problem, scaled, limits).run()
-    table.settle()
+    table.settle(limits.goal)
     if not (must.any() or apart or over) and _seconds(table, limits) > seconds * (1 - _WORTH):
         table.restore(stay)
     return Assignment.of(problem, _finish(table, scaled, settings))
@@ -121,15 +122,16 @@ def _make_room(table: Table, scaled: Scale, missing: Ints, room: int) -> Ints:
     short = int(needs.sum()) - min(int(table.free.sum()), room - table.total)
     if short <= 0:
         return given_up
-    layer, column = table.entries()
-    expert, device = table.expert[layer, column], table.device[layer, column]
     have = table.copies[:, :-1]
+    extra = np.pad(have - scaled.copies, ((0, 0), (0, 1)))
+    layer, column = np.nonzero(np.take_along_axis(extra, table.expert, axis=1) > 0)
+    expert, device = table.expert[layer, column], table.device[layer, column]
     seconds = table.level(np.arange(table.layers))[layer, device]
     order = np.argsort(-seconds, kind="stable")
     nth = np.empty(len(order), dtype=np.int64)
     nth[order] = rank_among((layer * table.experts + expert)[order])
     harm = scaled.work[layer, expert] / np.maximum(have[layer, expert] - 1 - nth, 1)
-    chosen = np.flatnonzero(nth < (have - scaled.copies)[layer, expert])
+    chosen = np.flatnonzero(nth < extra[layer, expert])
     chosen = chosen[np.lexsort((harm[chosen], layer[chosen]))]
     own = rank_among(layer[chosen]) < needs[layer[chosen]]
     chosen = np.concatenate([chosen[own], chosen[~own]])[:short]

@@ -1,4 +1,4 @@
-"""Relieving the busiest devices: a few of each layer at a time, as long as it helps. Pure.
+"""Relieving the busiest devices: one of each layer at a time, as long as it helps. Pure.
 
 PROBE's planner (arXiv 2602.00509) moves from the busiest device to the idlest. Here devices are unlike and memory is
 one pool over all layers, often full; so there are three more ways: a slice is split by one more copy, a spare copy or a
@@ -13,13 +13,11 @@ import numpy as np
 
 from placement.arrays import Bools, Floats, Ints, first_of_each, rank_among
 from placement.problem import Problem
-from placement.room import Cold, Spare, Target, lowest
+from placement.room import Cold, Spare, Target
 from placement.scaler import Scale
 from placement.swap import swap
 from placement.table import Table
 
-_AT_ONCE = 4
-"""Devices of one layer that are relieved together."""
 _WORTH = 5e-4
 """Less than this part of the busiest device's seconds is not worth a move."""
 _ALIKE = 1e-3
@@ -47,16 +45,20 @@ class Limits:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Busy:
-    """Devices to relieve [R], some of each layer, the busiest first, and their copies [M]."""
+    """A device to relieve in each of some layers [R], and the copies on them [M]."""
 
     layer: Ints
     device: Ints
     high: Floats
     """[R] their levels."""
-    first: Bools
-    """[R] the busiest of its layer."""
     row: Ints
     column: Ints
+
+    def only(self, chosen: Bools) -> _Busy:
+        """Those of the devices that `chosen` [R] names."""
+        kept = chosen[self.row]
+        row = (np.cumsum(chosen) - 1)[self.row[kept]]
+        return _Busy(self.layer[chosen], self.device[chosen], self.high[chosen], row, self.column[kept])
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -76,99 +78,82 @@ class Repair:
         self._table, self._problem, self._scaled, self._limits = table, problem, scaled, limits
         self._spare = Spare(table, scaled, limits.goal, limits.least)
         self._cold: Cold | None = None
+        self._level = table.level(np.arange(table.layers))
         self._tired = np.zeros((table.layers, table.devices), dtype=np.bool_)
+        """[L, D] devices that nothing helped since the last relief of their layer."""
 
     def run(self) -> None:
         """Relieve until layers are good enough, nothing helps or rounds and moves are spent."""
-        layers = np.arange(self._table.layers)
         for _ in range(self._limits.rounds):
-            layers, level = self._high(layers)
+            layers = self._high()
             if not len(layers) or self._left() < 1:
                 return
-            busy = self._busy(layers, level)
-            relieved = self._relieve(busy, self._targets(busy, layers, level))
-            hard = busy.first & ~relieved
-            if hard.any():
-                relieved |= self._relieve(busy, self._cold_targets(busy, hard))
-                hard &= ~relieved
-                relieved[hard] = self._swap(busy, hard)
+            busy = self._busy(layers)
+            relieved = self._relieve(busy, self._targets(busy))
+            if not relieved.all():
+                relieved[~relieved] = self._make_room(busy.only(~relieved))
             self._tired[busy.layer[relieved]] = False
-            self._tired[busy.layer[hard & ~relieved], busy.device[hard & ~relieved]] = True
-            self._pour_rest(busy, relieved)
+            self._tired[busy.layer[~relieved], busy.device[~relieved]] = True
+            self._pour_rest(busy.only(relieved))
+
+    def _look_again(self, layers: Ints) -> None:
+        layers = np.unique(layers)
+        self._level[layers] = self._table.level(layers)
 
     def _left(self) -> int:
         """Reliefs that the bound on moves allows: each may move two copies."""
         return max(0, self._limits.bound - self._table.moves) // 2
 
-    def _used(self, level: Floats) -> Floats:
-        return np.where(level > self._table.call_s, level, 0.0)
+    def _used(self) -> Floats:
+        """[L, D] levels of the devices that get rows."""
+        return np.where(self._level > self._table.call_s, self._level, 0.0)
 
-    def _high(self, layers: Ints) -> tuple[Ints, Floats]:
-        """Those of `layers` that are not good enough and may be helped, and their levels."""
-        level = self._table.level(layers)
-        used = self._used(level)
+    def _high(self) -> Ints:
+        """Layers that are not good enough and may be helped."""
+        used = self._used()
         top = used.max(axis=1, initial=0.0)
-        untried = ((used > top[:, None] * (1 - _ALIKE)) & ~self._tired[layers]).any(axis=1)
-        high = (top > self._limits.goal[layers]) & untried
-        return layers[high], level[high]
+        untried = ((used > top[:, None] * (1 - _ALIKE)) & ~self._tired).any(axis=1)
+        return np.flatnonzero(untried & (top > self._limits.goal * (1 + _WORTH)))
 
-    def _busy(self, layers: Ints, level: Floats) -> _Busy:
-        """The busiest devices of each layer.
+    def _busy(self, layers: Ints) -> _Busy:
+        """The busiest device of each layer.
 
         Water-filling makes equals: where a device can't be relieved, one that shares a slice with it may be. So of the
-        busiest, those with most copies come first.
+        busiest, the one with most copies comes first.
         """
         table = self._table
-        used = np.where(self._tired[layers], 0.0, self._used(level))
+        used = np.where(self._tired[layers], 0.0, self._used()[layers])
         top = used.max(axis=1, keepdims=True)
-        urgent = np.where(used > top * (1 - _ALIKE), top * (1 + table.crowd(layers)), used)
-        count = min(_AT_ONCE, table.devices)
-        some = lowest(-urgent, count)
-        each = np.arange(len(layers))[:, None]
-        high = used[each, some]
-        chosen = high > self._limits.goal[layers][:, None]
-        chosen[:, 0] = True
-        row, rank = np.nonzero(chosen)
-        device = some[row, rank]
-        column_row, column = self._columns(layers[row], device)
-        return _Busy(layers[row], device, level[row, device], rank == 0, column_row, column)
+        urgent = np.where(used > top * (1 - _ALIKE), 1 + table.crowd(layers), 0)
+        device = np.argmax(urgent, axis=1)
+        row, column = np.nonzero(table.device[layers] == device[:, None])
+        return _Busy(layers, device, self._level[layers, device], row, column)
 
-    def _columns(self, layer: Ints, device: Ints) -> tuple[Ints, Ints]:
-        """Row and column of the copies on `device` [R] of `layer` [R]."""
-        table = self._table
-        asked = np.full((table.layers, table.devices + 1), -1, dtype=np.int64)
-        asked[layer, device] = np.arange(len(layer))
-        row = asked[np.arange(table.layers)[:, None], table.device]
-        at, column = np.nonzero(row >= 0)
-        return row[at, column], column
+    def _targets(self, busy: _Busy) -> Target:
+        """[R] the device that would be lowest with the room it has or can make."""
+        full = self._table.free <= 0
+        level = self._within_unit(busy)
+        target = Target.roomy(np.where(full, np.inf, level))
+        return target.or_lower(self._spare.on(busy.layer, level, full)) if full.any() else target
 
-    def _targets(self, busy: _Busy, layers: Ints, level: Floats) -> Target:
-        """[R] devices that would be lowest with the room they have or can make; another one for each row of a layer."""
-        table, problem = self._table, self._problem
-        at = np.searchsorted(layers, busy.layer)
-        if problem.bound:  # targets are chosen for each row by itself: units differ
-            unit = problem.devices.unit
-            layers, level = busy.layer, np.where(unit == unit[busy.device][:, None], level[at], np.inf)
-            at = np.arange(len(layers))
-        rank = rank_among(at)
-        roomy = np.where(table.free > 0, level, np.inf)
-        device = lowest(roomy, min(_AT_ONCE, table.devices))
-        target = Target.roomy(device, np.take_along_axis(roomy, device, axis=1))
-        full = table.free <= 0
-        if full.any():
-            target = target.and_lower(self._spare.on(layers, level, full, device.shape[1]))
-        return target.pick(at, np.minimum(rank, device.shape[1] - 1) if not problem.bound else np.zeros_like(at))
-
-    def _cold_targets(self, busy: _Busy, hard: Bools) -> Target:
-        """[R] full devices, idle in the layer, where a cold slice of another layer makes room; for the `hard` rows."""
-        table, problem = self._table, self._problem
-        everywhere = table.level(np.arange(table.layers))
+    def _cold_targets(self, busy: _Busy) -> Target:
+        """[R] full devices, idle in the layer, where a cold slice of another layer makes room."""
         if self._cold is None:
-            self._cold = Cold(table, problem, self._scaled, self._limits.goal)
-        level = np.where(hard[:, None] & (table.free <= 0), everywhere[busy.layer], np.inf)
-        if problem.bound:
-            level = np.where(problem.devices.unit == problem.devices.unit[busy.device][:, None], level, np.inf)
-        return self._cold.on(busy.layer, level, busy.device, everywhere)
+            self._cold = Cold(self._table, self._problem, self._scaled, self._limits.goal)
+        level = np.where(self._table.free <= 0, self._within_unit(busy), np.inf)
+        return self._cold.on(busy.layer, level, busy.device, self._level)
+
+    def _within_unit(self, busy: _Busy) -> Floats:
+        """[R, D] levels of the devices that may hold what the busy ones do; inf of others."""
+        level, unit = self._level[busy.layer], self._problem.devices.unit
+        return np.where(unit == unit[busy.device][:, None], level, np.inf) if self._problem.bound else level
+
+    def _make_room(self, busy: _Busy) -> Bools:
+        """[R] where a cold slice elsewhere, or else two copies that change places, relieved a busy device."""
+        relieved = self._relieve(busy, self._cold_targets(busy))
+        if not relieved.all():
+            relieved[~relieved] = self._swap(busy.only(~relieved))
+        return relieved
 
     def _relieve(self, busy: _Busy, target: Target) -> Bools:
         """Move or split one copy of each busy device to its target; [R] where that helped."""
@@ -209,7 +194,6 @@ class Repair:
         device, of, victim = target.device[relief.row], target.of[relief.row], target.victim[relief.row]
         fits = np.where(victim >= 0, 1, table.free[device]) > rank_among(device)
         helped = layer * experts + table.expert[layer, relief.column]
-        fits &= rank_among(helped) == 0
         given_up = np.where(victim >= 0, of * experts + table.expert[of, victim], -1 - np.arange(len(of)))
         fits &= (rank_among(given_up) == 0) & ~np.isin(given_up, helped)
         more = fits & ~relief.whole & (victim < 0)
@@ -231,6 +215,7 @@ class Repair:
         table.part[layer[split], column[split]] -= seconds
         table.add(layer[split], expert[split], to[split], seconds)
         table.pour(layer[split], expert[split])
+        self._look_again(np.concatenate([layer, target.of[victim]]))
 
     def _evict(self, target: Target, row: Ints, source: Ints) -> None:
         table = self._table
@@ -240,27 +225,27 @@ class Repair:
         table.drop(layer[~trade], column[~trade])
         table.pour(layer[~trade & lost], expert[~trade & lost])
 
-    def _swap(self, busy: _Busy, hard: Bools) -> Bools:
-        kept = hard[busy.row] & self._there(busy)
-        row = (np.cumsum(hard) - 1)[busy.row[kept]]
-        where = (busy.layer[hard], busy.device[hard], row, busy.column[kept])
-        return swap(self._table, self._problem, self._scaled, where, worth=_WORTH, most=self._left())
+    def _swap(self, busy: _Busy) -> Bools:
+        kept = self._there(busy)
+        where = (busy.layer, busy.device, busy.row[kept], busy.column[kept])
+        helped = swap(self._table, self._problem, self._scaled, where, worth=_WORTH, most=self._left())
+        self._look_again(busy.layer[helped])
+        return helped
 
     def _there(self, busy: _Busy) -> Bools:
         """[M] which copies are still on their busy device."""
         there: Bools = self._table.device[busy.layer[busy.row], busy.column] == busy.device[busy.row]
         return there
 
-    def _pour_rest(self, busy: _Busy, relieved: Bools) -> None:
+    def _pour_rest(self, busy: _Busy) -> None:
         """Let the shared slice that a relieved device gets most of follow."""
         table = self._table
         layer = busy.layer[busy.row]
         expert, part = table.expert[layer, busy.column], table.part[layer, busy.column]
         known = np.minimum(expert, table.experts - 1)
-        shared = relieved[busy.row] & (part > 0) & (part < table.work[layer, known] * (1 - 1e-9))
-        shared &= self._there(busy)
+        shared = (part > 0) & (part < table.work[layer, known] * (1 - 1e-9)) & self._there(busy)
         row, layer, expert, part = busy.row[shared], layer[shared], expert[shared], part[shared]
         order = np.lexsort((-part, row))
         first = order[first_of_each(row[order])]
-        first = first[rank_among(layer[first] * table.experts + expert[first]) == 0]
         table.pour(layer[first], expert[first])
+        self._look_again(layer[first])

@@ -8,17 +8,13 @@ with the newcomer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from placement.arrays import Bools, Floats, Ints, rank_among
 from placement.problem import Problem
 from placement.scaler import Scale
 from placement.table import Table
-
-_Number = TypeVar("_Number", bound=np.generic)
 
 _LOOK = 6
 """Copies of a device that are looked at: its coldest."""
@@ -28,7 +24,7 @@ _TRIES = 4
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Target:
-    """Devices, their level once there is room, and who makes room; all of one shape, [A, K] or [R]."""
+    """A device for each of some layers [R], its level once there is room, and who makes room."""
 
     device: Ints
     level: Floats
@@ -40,45 +36,22 @@ class Target:
     """The victim goes where the newcomer is from; else it is forgotten."""
 
     @classmethod
-    def roomy(cls, device: Ints, level: Floats) -> Target:
-        """Devices that have room already."""
-        none = np.full(device.shape, -1)
-        return cls(device, level, none, none, np.zeros(device.shape, dtype=np.bool_))
+    def roomy(cls, level: Floats) -> Target:
+        """The lowest device by `level` [R, D], which has room."""
+        device = np.argmin(level, axis=1)
+        none = np.full(len(device), -1)
+        return cls(device, level[np.arange(len(device)), device], none, none, np.zeros(len(device), dtype=np.bool_))
 
-    def and_lower(self, other: Target) -> Target:
-        """[A, K] the lowest of both, the lowest first."""
-        level = np.concatenate([self.level, other.level], axis=1)
-        order = np.argsort(level, axis=1, kind="stable")[:, : self.device.shape[1]]
-
-        def both(mine: NDArray[_Number], theirs: NDArray[_Number]) -> NDArray[_Number]:
-            return np.take_along_axis(np.concatenate([mine, theirs], axis=1), order, axis=1)
-
+    def or_lower(self, other: Target) -> Target:
+        """[R] the lower of both."""
+        lower = other.level < self.level
         return Target(
-            both(self.device, other.device),
-            both(self.level, other.level),
-            both(self.of, other.of),
-            both(self.victim, other.victim),
-            both(self.trade, other.trade),
+            np.where(lower, other.device, self.device),
+            np.where(lower, other.level, self.level),
+            np.where(lower, other.of, self.of),
+            np.where(lower, other.victim, self.victim),
+            np.where(lower, other.trade, self.trade),
         )
-
-    def pick(self, row: Ints, rank: Ints) -> Target:
-        """[R] the `rank`-th of each `row`."""
-        at = (row, rank)
-        return Target(self.device[at], self.level[at], self.of[at], self.victim[at], self.trade[at])
-
-
-def lowest(values: Floats, count: int) -> Ints:
-    """[A, count] where each row is lowest, the lowest first."""
-    if count == 1:
-        least: Ints = np.argmin(values, axis=1)[:, None]
-        return least
-    if count >= values.shape[1]:
-        everything: Ints = np.argsort(values, axis=1, kind="stable")
-        return everything
-    some = np.sort(np.argpartition(values, count, axis=1)[:, :count], axis=1)
-    order = np.argsort(np.take_along_axis(values, some, axis=1), axis=1, kind="stable")
-    ordered: Ints = np.take_along_axis(some, order, axis=1)
-    return ordered
 
 
 class Spare:
@@ -88,31 +61,27 @@ class Spare:
         self._table, self._goal = table, goal
         self._least = np.pad(np.maximum(np.where(scaled.spread, 2, 1), least), ((0, 0), (0, 1)))
 
-    def on(self, layers: Ints, level: Floats, full: Bools, count: int) -> Target:
-        """[A, count] the full devices of each layer that would be lowest without a spare copy, each once."""
+    def on(self, layers: Ints, level: Floats, full: Bools) -> Target:
+        """[R] the full device of each layer that would be lowest by `level` [R, D] without a spare copy."""
         table = self._table
-        row, column = np.nonzero(np.append(full, False)[table.device[layers]])
+        low = np.pad(full & (level < self._goal[layers][:, None]), ((0, 0), (0, 1)))
+        row, column = np.nonzero(np.take_along_axis(low, table.device[layers], axis=1))
         layer = layers[row]
         expert = table.expert[layer, column]
         spare = table.copies[layer, expert] > self._least[layer, expert]
         row, column, layer, expert = row[spare], column[spare], layer[spare], expert[spare]
         device, part = table.device[layer, column], table.part[layer, column]
         now = level[row, device]
-        known = np.isfinite(now)
-        room = np.where(known & (part > 0), np.maximum(self._goal[layer] - now, 0.0) * table.speed[device], 0.0)
+        room = np.where(part > 0, (self._goal[layer] - now) * table.speed[device], 0.0)
         slices = row * table.experts + expert
         slack = np.bincount(slices, weights=room, minlength=len(layers) * table.experts)[slices] - room
-        fits = np.flatnonzero(known & (slack >= part))
+        fits = np.flatnonzero(slack >= part)
         without = (now - part / table.speed[device])[fits]
-        best = np.full((len(layers), table.devices), np.inf)
-        victim = np.full((len(layers), table.devices), -1)
-        order = np.argsort(-without, kind="stable")  # the lowest of each device is written last
-        best[row[fits[order]], device[fits[order]]] = without[order]
-        victim[row[fits[order]], device[fits[order]]] = column[fits[order]]
-        chosen = lowest(best, count)
-        each = np.arange(len(layers))[:, None]
-        of = np.broadcast_to(layers[:, None], chosen.shape)
-        return Target(chosen, best[each, chosen], of, victim[each, chosen], np.zeros(chosen.shape, dtype=np.bool_))
+        order = np.argsort(-without, kind="stable")  # the lowest of each row is written last
+        fits, row = fits[order], row[fits[order]]
+        lowest, at, victim = (np.full(len(layers), none) for none in (np.inf, 0, -1))
+        lowest[row], at[row], victim[row] = without[order], device[fits], column[fits]
+        return Target(at, lowest, layers, victim, np.zeros(len(layers), dtype=np.bool_))
 
 
 class Cold:
@@ -137,7 +106,7 @@ class Cold:
         `everywhere` [L, D] are the levels of all layers.
         """
         table, scaled = self._table, self._scaled
-        devices = lowest(level, min(_TRIES, table.devices))
+        devices = np.argsort(level, axis=1, kind="stable")[:, :_TRIES]
         each = np.arange(len(layers))
         layer, column = self._layer[devices], self._column[devices]  # [R, tries, look]
         expert, part = table.expert[layer, column], table.part[layer, column]

@@ -70,16 +70,16 @@ class Round:
         if not quiet:
             self._demand = _demand(load, settings)
         demand = self._demand or _unknown(load)
-        fleet = Fleet(grid, replicas, self._bytes, settings, inline)
         planned = (self._last.copies if self._last else None) or {}
+        fleet = Fleet(grid, replicas, planned, self._bytes, settings, inline)
         idle = load.idle_s >= settings.idle_to_zero_s
-        wish = self._wishes.wish(demand, fleet, planned, idle=idle, now=self._counts.now)
+        wish = self._wishes.wish(demand, fleet, idle=idle, now=self._counts.now)
         idle_s = grid.least(load.idle_s)
         idle_s[(idle_s < settings.idle_to_zero_s) | (not settings.elastic)] = np.nan
         counts = self._follow(load.now_s, wish, ~np.isnan(idle_s), hold=quiet and settings.elastic)
         reasons = unit_reasons(grid, demand, wish, counts, idle_s, settings)
         kept = fleet.oldest(counts)
-        problem = kept.problem(demand, planned)
+        problem = kept.problem(demand)
         decided = static(problem) if settings.method == "static" else _place(problem, wish, kept.counts[grid.unit])
         reason = whole_reason(grid, problem, decided, counts, settings, quiet=quiet)
         return self._publish(load.now_s, counts, self._residency(decided, fleet, kept), reason, reasons)

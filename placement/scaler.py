@@ -19,7 +19,7 @@ from placement.problem import Problem, copy_counts
 from placement.settings import GIB, PlacementSettings
 from placement.work import most_parts, work_seconds
 
-_HALVINGS = 50
+_HALVINGS = 30
 _FINE = 0.4
 """Copies are split down to this part of the layer's mean ..."""
 _GRAIN = 0.15
@@ -124,6 +124,8 @@ def _spread(problem: Problem, settings: PlacementSettings, work: Floats, copies:
 
 def largest_first(wanted: Ints, work: Floats, room: int) -> Ints:
     """[L, E] `wanted` cut to `room`: those of the slices with most `work` are kept."""
+    if int(wanted.sum()) <= room:
+        return wanted
     order = np.argsort(-work, axis=None, kind="stable")
     upto = np.minimum(np.cumsum(wanted.reshape(-1)[order]), max(0, room))
     flat = np.zeros(wanted.size, dtype=np.int64)

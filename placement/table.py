@@ -12,7 +12,7 @@ from placement.filling import active, fill
 from placement.problem import Copies, Problem
 from placement.scaler import Scale
 
-_POURS = 8
+_POURS = 6
 _SETTLED = 1e-3
 
 
@@ -126,7 +126,7 @@ class Table:
         part = np.pad(self.even(copies), ((0, 0), (0, 1)))
         return np.take_along_axis(part, self.expert, axis=1)
 
-    def share(self) -> None:
+    def share(self, goal: Floats) -> None:
         """All rows to the copies there are: as so far where a slice got no new one, else evenly; then water-filling."""
         cells = np.arange(self.layers)[:, None] * (self.experts + 1) + self.expert
         size = self.copies.size
@@ -137,7 +137,7 @@ class Table:
         even = self.evenly(self.copies[:, :-1])
         self.part = np.where(known[cells], self.part * scale[cells], even)
         self._reserve(even)
-        self.settle()
+        self.settle(goal)
 
     def _reserve(self, even: Floats) -> None:
         """Of a slice with more copies than may share its rows, only some get any, `even` parts.
@@ -163,60 +163,57 @@ class Table:
         back = slower[layer]
         self.part[layer[back], column[back]] = np.where(using, part, 0.0)[back]
 
-    def settle(self) -> None:
-        """Water-filling from the shares as they are, until the busiest devices settle; never for the worse.
+    def settle(self, goal: Floats) -> None:
+        """Water-filling from the shares as they are, until the busiest devices of layers above their `goal` [L] settle.
 
-        All slices take a step towards their own water level at once: a small one where many meet on a device.
+        All slices take a step towards their own water level at once: a small one where many meet on a device. Never for
+        the worse.
         """
-        layer, column = np.nonzero(self.part > 0)
-        expert, device = self.expert[layer, column], self.device[layer, column]
-        slices, cell, part = layer * self.experts + expert, layer * self.devices + device, self.part[layer, column]
-        using = np.bincount(slices, minlength=self.work.size)
-        shared = using[slices] > 1
+        going = _top(self.level(np.arange(self.layers)), self.call_s) > goal
+        layer, column = np.nonzero((self.part > 0) & going[:, None])
+        slices = layer * self.experts + self.expert[layer, column]
+        cell = layer * self.devices + self.device[layer, column]
+        part, work, cells = self.part[layer, column], self.work.reshape(-1), self.layers * self.devices
+        shared = np.bincount(slices, minlength=self.work.size)[slices] > 1
         if not shared.any():
             return
-        cells = self.layers * self.devices
         fixed = np.bincount(cell[~shared], weights=part[~shared], minlength=cells)
-        layer, column, device, slices, cell = (given[shared] for given in (layer, column, device, slices, cell))
-        group, work = self._groups(slices)
-        most = np.zeros(len(work))
-        np.maximum.at(most, group, np.bincount(cell, minlength=cells)[cell])
-        damping = (1 / most)[group]
-        speed, call_s = self.speed[device], self.call_s[device]
-        read = self._least.reshape(-1)[slices + layer]  # rows of _least are one longer
-        own = best = part[shared]
+        layer, column, slices, cell, own = (given[shared] for given in (layer, column, slices, cell, part))
+        most = np.ones(self.work.size, dtype=np.int64)
+        np.maximum.at(most, slices, np.bincount(cell, minlength=cells)[cell])
+        damping = 1 / most
+        speed, call_s = np.tile(self.speed, self.layers), np.tile(self.call_s, self.layers)
+        read = self._least[:, :-1].reshape(-1)
         least = np.full(self.layers, np.inf)
         for _ in range(_POURS):
-            taken = np.maximum(own, read * (own > 0))
+            taken = np.maximum(own, read[slices] * (own > 0)) if self._reads else own
             seconds = fixed + np.bincount(cell, weights=taken, minlength=cells)
-            by_device = seconds.reshape(self.layers, -1)
-            top = (by_device / self.speed + self.call_s * (by_device > 0)).max(axis=1)
-            best = np.where((top < least)[layer], own, best)
-            if not (top < least * (1 - _SETTLED)).any():
-                break
+            top = (seconds / speed + call_s * (seconds > 0)).reshape(self.layers, -1).max(axis=1)
+            better = (top < least)[layer]
+            self.part[layer[better], column[better]] = own[better]
+            going &= (top < least * (1 - _SETTLED)) & (top > goal)
+            if not going[layer].any():
+                return
             least = np.minimum(top, least)
-            aim = fill(work, group, call_s + (seconds[cell] - taken) / speed, speed)
-            own = np.where(aim > 0, own + damping * (aim - own), 0.0)
-            own *= (work / np.bincount(group, weights=own, minlength=len(work)))[group]
-        self.part[layer, column] = best
-
-    def _groups(self, slices: Ints) -> tuple[Ints, Floats]:
-        """[M] a number without gaps for each of the `slices`, and their work [G]."""
-        known = np.zeros(self.work.size, dtype=np.bool_)
-        known[slices] = True
-        return (np.cumsum(known) - 1)[slices], self.work.reshape(-1)[known]
+            kept = going[layer]
+            if not kept.all():
+                layer, column, slices, cell = layer[kept], column[kept], slices[kept], cell[kept]
+                own, taken = own[kept], taken[kept]
+            aim = fill(work, slices, call_s[cell] + (seconds[cell] - taken) / speed[cell], speed[cell])
+            own = np.where(aim > 0, own + damping[slices] * (aim - own), 0.0)
+            own *= work[slices] / np.bincount(slices, weights=own, minlength=len(work))[slices]
 
     def pour(self, layers: Ints, expert: Ints) -> None:
         """Exact water-filling of some slices, each for itself."""
         if not len(layers):
             return
-        cell = np.zeros((self.layers, self.experts + 1), dtype=np.int64)
-        cell[layers, expert] = np.arange(1, len(layers) + 1)
-        group = cell[np.arange(self.layers)[:, None], self.expert]
-        layer, column = np.nonzero((group > 0) & (self.part > 0))
-        group = group[layer, column] - 1
+        chosen, at = np.unique(layers, return_inverse=True)
+        cell = np.zeros((len(chosen), self.experts + 1), dtype=np.int64)
+        cell[at, expert] = np.arange(1, len(layers) + 1)
+        group = np.take_along_axis(cell, self.expert[chosen], axis=1)
+        at, column = np.nonzero((group > 0) & (self.part[chosen] > 0))
+        layer, group = chosen[at], group[at, column] - 1
         device = self.device[layer, column]
-        chosen, at = np.unique(layer, return_inverse=True)
         taken = np.maximum(self.part[layer, column], self._least[layer, self.expert[layer, column]])
         base = self.level(chosen)[at, device] - taken / self.speed[device]
         self.part[layer, column] = fill(self.work[layers, expert], group, base, self.speed[device])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,6 @@ from placement.arrays import Bools, Floats, Ints
 from placement.baselines.counts import baseline_counts
 from placement.fleet import Fleet
 from placement.grid import Grid
-from placement.plan import Copy
 from placement.problem import Demand
 from placement.scaler import Scale, scale
 from placement.settings import PlacementSettings, RoundSettings
@@ -55,16 +53,14 @@ class Wishes:
         self._placement = dataclasses.replace(given, max_bytes=budget, min_copies=self._least)
         self._copies: Ints | None = None
 
-    def wish(
-        self, demand: Demand, fleet: Fleet, planned: Mapping[str, Sequence[Copy]], *, idle: Bools, now: Ints
-    ) -> Wish:
+    def wish(self, demand: Demand, fleet: Fleet, *, idle: Bools, now: Ints) -> Wish:
         """The wish for `demand`, where `now` [U] replicas are asked for; `idle` [L, E] slices keep their least."""
         grid, work = self._grid, work_seconds(fleet.speed, demand.high)
         least_units, most_units = grid.most(self._least), np.maximum(grid.most(self._most), 1)
         placement = dataclasses.replace(self._placement, max_copies=np.where(idle, self._least, self._most))
         if self._settings.elastic:
             startable = np.maximum(most_units - fleet.counts, 0)
-            scaled = self._steady(scale(fleet.problem(demand, planned, startable), placement), placement)
+            scaled = self._steady(scale(fleet.problem(demand, startable), placement), placement)
             units, relief = self._replicas(scaled, fleet.slots, now)
             return Wish(scaled.copies, units, least_units, most_units, relief, work, scaled, placement)
         copies = self._baseline(demand, fleet)

@@ -7,14 +7,12 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 import msgspec
 
+from replay.connection import Answer, Connections, HungUpError
 from replay.outcome import Outcome
 from replay.sse import Event, EventReader, StreamError
 
@@ -23,6 +21,7 @@ _LONGEST_WAIT_S = 60.0
 _FIRST_WAIT_S = 0.5
 _MESSAGE = 300
 _ROUND = 6
+_LONGEST_REFUSAL = 1 << 14
 
 
 class _Refused(Exception):  # noqa: N818  # an answer, not an error of ours
@@ -34,10 +33,9 @@ class _Refused(Exception):  # noqa: N818  # an answer, not an error of ours
 
 @dataclass(frozen=True)
 class Client:
-    """Sends completions to `url` (without ``/v1``); open connections are kept and never waited for."""
+    """Sends completions over `connections`; none waits for another."""
 
-    session: aiohttp.ClientSession
-    url: str
+    connections: Connections
     retries: int = 0
     """How often a request that was refused or not answered at all is sent again, while no token has come"""
     timeout_s: float = 600.0
@@ -78,25 +76,31 @@ class Client:
             return str(refused), refused.again, refused.wait_s
         except StreamError as error:
             return f"malformed stream: {error}", False, None
-        except aiohttp.ClientConnectorError as error:
-            return f"no connection: {error.os_error or error}", True, None
-        except (aiohttp.ClientError, OSError) as error:
-            return f"hung up: after {outcome.tokens} tokens ({type(error).__name__})", True, None
+        except HungUpError:
+            return f"hung up: after {outcome.tokens} tokens", True, None
+        except OSError as error:
+            return f"no connection: {error}", True, None
         return None, False, None
 
     async def _stream(self, body: bytes, outcome: Outcome, sent: float) -> None:
-        headers = {"x-request-id": outcome.request_id}
-        async with self.session.post(f"{self.url}/v1/completions", data=body, headers=headers) as answer:
+        reader, refusal = EventReader(), bytearray()
+
+        def take(answer: Answer, data: bytes) -> None:
             outcome.status = answer.status
             if answer.status != 200:
-                raise await _refusal(answer)
-            reader = EventReader()
-            async for data in answer.content.iter_any():
-                seconds = round(time.monotonic() - sent, _ROUND)
-                for event in reader.feed(data):
-                    _take(event, outcome, seconds)
-            if not reader.done:
-                raise StreamError(f"it ended without [DONE] after {outcome.tokens} tokens")
+                refusal.extend(data[: _LONGEST_REFUSAL - len(refusal)])
+                return
+            seconds = round(answer.at - sent, _ROUND)
+            for event in reader.feed(data):
+                _take(event, outcome, seconds)
+
+        headers = {"x-request-id": outcome.request_id}
+        answer = await self.connections.post("/v1/completions", body, headers, take)
+        outcome.status = answer.status
+        if answer.status != 200:
+            raise _refusal(answer, bytes(refusal))
+        if not reader.done:
+            raise StreamError(f"it ended without [DONE] after {outcome.tokens} tokens")
 
 
 def _take(event: Event, outcome: Outcome, seconds: float) -> None:
@@ -120,8 +124,7 @@ def _take(event: Event, outcome: Outcome, seconds: float) -> None:
         outcome.token_s += [seconds] * came
 
 
-async def _refusal(answer: aiohttp.ClientResponse) -> _Refused:
-    body = await answer.content.read(1 << 14)
+def _refusal(answer: Answer, body: bytes) -> _Refused:
     try:
         told = msgspec.json.decode(body, type=dict[str, Any])
         error = told.get("error", told)
@@ -129,24 +132,11 @@ async def _refusal(answer: aiohttp.ClientResponse) -> _Refused:
     except msgspec.MsgspecError:
         message = body.decode("utf-8", errors="replace")
     try:
-        wait_s = float(answer.headers.get("Retry-After", ""))
+        wait_s = float(answer.headers.get("retry-after", ""))
     except ValueError:
         wait_s = None
     again = answer.status in _RETRIED and answer.headers.get("x-should-retry") != "false"
     return _Refused(f"HTTP {answer.status}: {message[:_MESSAGE]}", wait_s, again)
-
-
-@asynccontextmanager
-async def open_session(api_key: str | None = None) -> AsyncIterator[aiohttp.ClientSession]:
-    """A session with as many connections as it takes."""
-    allow_many_files()
-    headers: Mapping[str, str] = {"Content-Type": "application/json"}
-    if api_key:
-        headers = {**headers, "Authorization": f"Bearer {api_key}"}
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0)  # many servers hang up after 5 s
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout, read_bufsize=1 << 18) as it:
-        yield it
 
 
 def go_first() -> None:

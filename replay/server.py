@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ async def ask_models(session: aiohttp.ClientSession, url: str, model: str | None
     """The model to be asked, and its context; raise ServerError where there is none."""
     address = f"{url}/v1/models"
     try:
-        async with session.get(address, timeout=_TIMEOUT) as answer:
+        async with session.get(address) as answer:
             status = answer.status
             told = await answer.json(content_type=None) if status == 200 else None
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
@@ -66,14 +67,35 @@ async def ask_models(session: aiohttp.ClientSession, url: str, model: str | None
     return Served(name, longest if isinstance(longest, int) and longest > 0 else None)
 
 
+@asynccontextmanager
+async def open_session(api_key: str | None = None) -> AsyncIterator[aiohttp.ClientSession]:
+    """A session for what is asked before a replay."""
+    async with aiohttp.ClientSession(headers=key_header(api_key), timeout=_TIMEOUT) as session:
+        yield session
+
+
+def key_header(api_key: str | None) -> dict[str, str]:
+    """The header that has the key; raise ServerError for one that no header can have."""
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise ServerError("--api-key has characters that no HTTP header may have: is there a line break in it?")
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 async def prompts_for(
-    client: Client, asking: Asking, texts: Mapping[str, str], *, as_text: bool = False, seed: int = 0
+    session: aiohttp.ClientSession,
+    url: str,
+    client: Client,
+    asking: Asking,
+    texts: Mapping[str, str],
+    *,
+    as_text: bool = False,
+    seed: int = 0,
 ) -> Prompts:
     """Prompts that this server takes: token ids where it has ``/tokenize``, else text (always with `as_text`).
 
     Raise ServerError where it refuses what the replayer will send.
     """
-    ids = None if as_text else await _tokenized(client, asking.model, texts)
+    ids = None if as_text else await _tokenized(session, url, asking.model, texts)
     if ids is not None:
         prompts = Prompts(ids, seed=seed)
         if (await _try(client, asking, prompts)).error is None:
@@ -88,7 +110,9 @@ async def _characters_per_token(client: Client, asking: Asking, text: str) -> fl
     sample = text[:_SAMPLE]
     tried = await _try(client, asking, Prompts({"": sample}, {"": len(sample)}))
     if tried.error is not None:
-        raise ServerError(f"{client.url} refuses a completion ({tried.error})")
+        raise ServerError(
+            f"the server refuses a completion ({tried.error}); --no-ignore-eos leaves out what not every server knows"
+        )
     return len(sample) / tried.prompt_tokens_told if tried.prompt_tokens_told else _CHARACTERS_PER_TOKEN
 
 
@@ -100,21 +124,23 @@ async def _try(client: Client, asking: Asking, prompts: Prompts) -> Outcome:
     return outcome
 
 
-async def _tokenized(client: Client, model: str, texts: Mapping[str, str]) -> dict[str, Stream] | None:
+async def _tokenized(
+    session: aiohttp.ClientSession, url: str, model: str, texts: Mapping[str, str]
+) -> dict[str, Stream] | None:
     """`texts` as the server's own tokens; None where it has no ``/tokenize``."""
     streams: dict[str, Stream] = {}
     for kind, text in texts.items():
-        pieces = [await _tokens(client, model, text[at : at + _PIECE]) for at in range(0, len(text), _PIECE)]
+        pieces = [await _tokens(session, url, model, text[at : at + _PIECE]) for at in range(0, len(text), _PIECE)]
         if any(piece is None for piece in pieces):
             return None
         streams[kind] = np.array([token for piece in pieces for token in piece or ()], np.int32)
     return streams if all(len(stream) for stream in streams.values()) else None
 
 
-async def _tokens(client: Client, model: str, text: str) -> list[int] | None:
+async def _tokens(session: aiohttp.ClientSession, url: str, model: str, text: str) -> list[int] | None:
     body: dict[str, Any] = {"model": model, "prompt": text, "add_special_tokens": False}
     try:
-        async with client.session.post(f"{client.url}/tokenize", json=body, timeout=_TIMEOUT) as answer:
+        async with session.post(f"{url}/tokenize", json=body) as answer:
             told = await answer.json(content_type=None) if answer.status == 200 else None
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
         return None

@@ -82,7 +82,9 @@ def _send(calls: Sequence[tuple[Channel, Call]]) -> list[int]:
     ]
     segments = chain.from_iterable(chain.from_iterable(call.segments for _, call in calls))
     sockets = [channel.fileno() for channel, _ in calls]
-    failures: list[int] = torch.ops.evermoe.send_calls(sockets, list(chain.from_iterable(heads)), list(segments))
+    failures: list[int] = torch.ops.evermoe.send_calls.default(
+        sockets, list(chain.from_iterable(heads)), list(segments)
+    )
     return failures
 
 
@@ -90,7 +92,7 @@ def _receive(channels: Sequence[Channel], patience: Sequence[float]) -> list[Out
     started = time.perf_counter()
     calls = [channel.outstanding for channel in channels]
     headers = torch.empty(len(channels), frame.HEADER.size, dtype=torch.uint8)
-    spent = torch.ops.evermoe.receive_replies(
+    spent = torch.ops.evermoe.receive_replies.default(
         [channel.fileno() for channel in channels],
         [call.seq for call in calls if call],
         [call.rows for call in calls if call],

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI
 from ray import serve
 
@@ -18,12 +16,10 @@ from gateway.api.app import create_app
 from gateway.api.drain import CUT_S
 from gateway.api.limits import Limits
 from gateway.api.listener import listening
+from gateway.api.report import make_report
 from gateway.api.served_model import ApiConfig
 from gateway.link.pool import GatewayPool
-from gateway.messages import GatewayStatus
-from placement import forecast, plan, warm_pool
-from recovery.directory import START_S, Directory, GatewayEntry, ReplicaEntry
-from recovery.policies import read_policy
+from recovery.directory import START_S, Directory, GatewayEntry
 
 STOP_S = 10.0
 """What a replica has to end after its last request."""
@@ -75,63 +71,7 @@ class ApiReplica:
     async def _status(self) -> dict[str, Any]:
         """Gateways, and expert units with their replicas and calls by path; see `evermoe status`."""
         answers = await self._pool.status()
-        return await asyncio.to_thread(self._report, answers)
-
-    def _report(self, answers: list[GatewayStatus]) -> dict[str, Any]:
-        document = self._directory.read(plan.DOCUMENT)
-        planned = plan.decode(document).replicas if document is not None else {}
-        replicas = self._directory.replicas()
-        entries = {entry.id: entry for entry in self._directory.gateways()}
-        return {
-            "model": self._config.model_name,
-            "directory": {"namespace": self._directory.namespace, "socket": self._socket()},
-            "policy": self._policy(),
-            "warm_pool": self._warm_pool(),
-            "forecast": self._forecast(),
-            "gateways": [
-                {
-                    "pid": entries[answer.gateway].pid,
-                    "node": entries[answer.gateway].node,
-                    "inline_rows": entries[answer.gateway].inline_rows,
-                    "inline_bytes": entries[answer.gateway].inline_bytes,
-                    **msgspec.to_builtins(answer),
-                }
-                for answer in answers
-                if answer.gateway in entries
-            ],
-            "units": [
-                {
-                    "unit": unit,
-                    "planned": planned.get(unit),
-                    "ready": sum(replica.unit == unit and not replica.draining for replica in replicas),
-                    "replicas": [_told(replica) for replica in replicas if replica.unit == unit],
-                    "calls": _sum([answer.expert_calls.get(unit, {}) for answer in answers]),
-                }
-                for unit in _ordered({unit for answer in answers for unit in answer.expert_calls} | planned.keys())
-            ],
-        }
-
-    def _socket(self) -> str | None:
-        """Where the directory's Redis is, if only this host reaches it: other addresses may hold a password."""
-        return self._directory.url if self._directory.url.startswith("unix:") else None
-
-    def _policy(self) -> dict[str, Any] | None:
-        """Which policy the service should go by."""
-        published = read_policy(self._directory)
-        return None if published is None else {"version": published.version, "made_at": published.made_at}
-
-    def _warm_pool(self) -> dict[str, Any] | None:
-        """Workers that wait for replicas; None where nobody looks after any."""
-        document = self._directory.read(warm_pool.DOCUMENT)
-        return None if document is None else dict(msgspec.to_builtins(warm_pool.decode(document)))
-
-    def _forecast(self) -> dict[str, Any] | None:
-        """What the planner expects; None where there is none."""
-        document = self._directory.read(forecast.DOCUMENT)
-        try:
-            return None if document is None else dict(msgspec.to_builtins(forecast.decode(document)))
-        except msgspec.DecodeError:  # left by another release
-            return None
+        return await asyncio.to_thread(make_report, self._config.model_name, self._directory, answers)
 
 
 def api_deployment(
@@ -157,22 +97,3 @@ def api_deployment(
     )
     config = replace(config, request_ids=listen is not None)  # the proxy answers with its own
     return deployment.bind(config, fingerprint, redis_url, namespace, listen, nodes)
-
-
-def _told(replica: ReplicaEntry) -> dict[str, Any]:
-    """A replica's entry, without how it is reached."""
-    entry: dict[str, Any] = msgspec.to_builtins(replica)
-    return {name: value for name, value in entry.items() if name not in ("unit", "host", "addresses", "fingerprint")}
-
-
-def _sum(counts: list[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for count in counts:
-        for path, calls in count.items():
-            total[path] = total.get(path, 0) + calls
-    return total
-
-
-def _ordered(units: set[str]) -> list[str]:
-    """By number, not by letter: expert-2 before expert-10."""
-    return sorted(units, key=lambda unit: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", unit)])

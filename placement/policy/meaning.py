@@ -38,13 +38,21 @@ def _fleet(policy: Policy, model: ModelFacts) -> Iterator[str]:
     held = [size if limit is None else min(limit, size) for size in whole]
     start = sum(count * size for count, size in zip(starts, held, strict=True))
     most = sum(each.most * size for each, size in zip(bounds, held, strict=True))
-    budget = policy.planner.memory_mib
-    bounded = f", within a budget of {budget:g} MiB" if budget is not None else ""
     yield (
         f"memory: a replica holds up to {_mib(max(held))} of weights"
         f"{'' if limit is None or limit >= max(whole) else f' of its {_mib(max(whole))}'}; "
-        f"all together {_mib(start)} to start with, {_mib(most)} at most{bounded}"
+        f"all together {_mib(start)} to start with, {_at_most(policy, most, sum(whole))}"
     )
+
+
+def _at_most(policy: Policy, most: int, once: int) -> str:
+    """What all replicas may hold together: `most` by their number, unless it is bounded; `once` is the whole model."""
+    budget, replicas = policy.planner.memory_mib, max(1, policy.experts.replicas)
+    bound = replicas * once if budget is None else int(budget * MIB)
+    if not policy.planned or most <= bound:
+        return f"{_mib(most)} at most"
+    key = "experts.replicas; planner.memory_mib raises it" if budget is None else "planner.memory_mib"
+    return f"{_mib(bound)} at most ({key})"
 
 
 def _replica(policy: Policy) -> Iterator[str]:

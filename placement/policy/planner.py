@@ -43,7 +43,8 @@ class PlannerPolicy(Section):
     interval_s: float = Field(default=1.0, ge=0.1, le=3600)
     """Seconds between two plans."""
     memory_mib: float | None = Field(default=None, gt=0)
-    """What all replicas' resident slices may take together, MiB; null: no bound but the replicas' own."""
+    """What all replicas' resident slices may take together, MiB; null: what experts.replicas of each unit take, or one
+    of each where that is 0."""
     imbalance: float = Field(default=1.05, ge=1)
     """Load of the busiest device over the mean that is good enough; more is evened out."""
     quantile: float = Field(default=0.9, json_schema_extra={"enum": list(QUANTILES)})

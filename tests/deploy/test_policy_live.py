@@ -3,57 +3,31 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
-import socket
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
+from tests.deploy.served import EVERMOE, Served
 from tests.waiting import eventually
 
-EVERMOE = str(Path(sys.executable).parent / "evermoe")
 START = "experts: {unit: {experts: 4}, replicas: 0}\ngateway: {compile: false, max_running: 4}\n"
 
 pytestmark = pytest.mark.ray
 
 
-class Service:
+class Service(Served):
     """A running `evermoe serve`, and an operator at its terminal."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
         self.file = folder / "policy.yaml"
         self.file.write_text(START)
-        self.output = folder / "output"
-        self.temporary = Path(tempfile.mkdtemp(prefix="e-", dir="/tmp"))  # short: Unix sockets have little room
-        environment = {**os.environ, "EVERMOE_CACHE": str(folder / "cache"), "TMPDIR": str(self.temporary)}
-        environment.pop("REDIS_URL", None)
-        command = [EVERMOE, "serve", "--port", self.url.rpartition(":")[2], "--policy", str(self.file)]
-        with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
+        super().__init__(folder, "--policy", str(self.file))
 
-    def healthy(self) -> bool:
-        assert self.process.poll() is None, self.output.read_text()
-        try:
-            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def status(self) -> dict[str, Any]:
-        return dict(httpx.get(f"{self.url}/evermoe/status", timeout=30).json())
-
-    def ready(self) -> list[int]:
+    def replicas(self) -> list[int]:
         return [unit["ready"] for unit in self.status()["units"]]
 
     def run(self, *arguments: str) -> tuple[int, str, list[str]]:
@@ -81,13 +55,10 @@ class Service:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     running = Service(Path(os.path.realpath(tmp_path_factory.mktemp("s"))))
     try:
-        eventually(running.healthy, 120, "the service answers")
+        running.wait()
         yield running
     finally:
-        if running.process.poll() is None:
-            running.process.send_signal(signal.SIGINT)
-            running.process.wait(60)
-        shutil.rmtree(running.temporary, ignore_errors=True)
+        running.close()
 
 
 def test_the_policy_it_runs_is_shown_as_a_file(service: Service) -> None:
@@ -102,14 +73,14 @@ def test_the_policy_it_runs_is_shown_as_a_file(service: Service) -> None:
 
 def test_bounds_are_obeyed_without_a_restart(service: Service) -> None:
     expected = service.text()
-    assert service.ready() == [0, 0]
+    assert service.replicas() == [0, 0]
     said = service.apply("overrides: [{experts: [0], min_replicas: 2}]\n")
     assert "overrides  [] -> [{experts: [0], min_replicas: 2}]" in said
     assert "is applied" in said
-    eventually(lambda: service.ready()[0] == 2, 120, "replicas that the override asks for")
+    eventually(lambda: service.replicas()[0] == 2, 120, "replicas that the override asks for")
     assert service.text() == expected
     service.apply("overrides: [{experts: [0], max_replicas: 1, pin: true}]\n")
-    eventually(lambda: service.ready()[0] == 1, 60, "no more replicas than the override allows")
+    eventually(lambda: service.replicas()[0] == 1, 60, "no more replicas than the override allows")
     assert service.text() == expected
 
 

@@ -337,3 +337,27 @@ def test_with_never_a_step_that_waits_fails_when_the_gateway_ends(make: Callable
     with pytest.raises(NoReplicaError, match="has no replica"):
         dispatcher(1, torch.ones(1, WIDTH), torch.tensor([[0, 1]]), torch.ones(1, 2))
     ending.join()
+
+
+def test_other_settings_count_from_the_next_layer_on(make: Callable[..., Cluster]) -> None:
+    cluster = make()
+    cluster.add("a", range(EXPERTS))
+    cluster.check()
+    other = Slices()
+    cluster.dispatcher.use(other, 1, 5.0, choice=None, may_inline=True)
+    for link in list(cluster.fleet.table.links.values()):
+        cluster.fleet.drop(link, "test")
+    cluster.check(seed=1)
+    assert (cluster.inline.rows, other.rows > 0) == (0, True)
+
+
+def test_a_step_that_waits_for_replicas_goes_on_when_the_gateway_may_compute(make: Callable[..., Cluster]) -> None:
+    cluster = make()
+    cluster.dispatcher.use(cluster.inline, 1, 5.0, choice=None, may_inline=False)
+    waiting = threading.Thread(target=cluster.check)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    cluster.dispatcher.use(cluster.inline, 1, 5.0, choice=None, may_inline=True)
+    waiting.join(10)
+    assert not waiting.is_alive()

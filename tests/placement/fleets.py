@@ -48,7 +48,7 @@ def load(now_s: float, per_step: Sequence[float] | Floats, idle_s: float | Float
     return LoadView(now_s, rows, rows, HORIZON_S, STEPS if rows.any() else 0.0, idle)
 
 
-def whole(unit: str, number: int = 0, **given: object) -> ReplicaView:
+def whole(unit: str, number: int, **given: object) -> ReplicaView:
     """A replica that holds nothing yet."""
     view = ReplicaView(id=f"{unit}#{number}", unit=unit, node="a", host="a", started_at=float(number))
     return dataclasses.replace(view, **given)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from placement.policy.meaning import meaning
 from placement.policy.writing import text, to_yaml
 
 MODEL = ModelFacts(name="tiny", experts=8, layers=(0, 1, 2, 3), slice_bytes=1 << 20)
+SMALL = ModelFacts(name="small", experts=4, layers=(0, 1), slice_bytes=1 << 20)
 CHANGED = Policy.model_validate(
     {
         "experts": {"unit": {"experts": 4}, "replicas": 2, "memory_mib": 8, "resources": {"gpu": 0.5}},
@@ -27,11 +28,17 @@ def test_it_says_units_slices_and_memory() -> None:
         "tiny: 4 MoE layers x 8 experts are 32 slices of 1 MiB in 2 units of up to 16 slices",
         "replicas of a unit: 2 to start with, then at least 0-1 and at most 8",
         "memory: a replica holds up to 8 MiB of weights of its 16 MiB; all together 32 MiB to start with, "
-        "128 MiB at most, within a budget of 48 MiB",
+        "48 MiB at most (planner.memory_mib)",
     ]
     assert "a replica computes with 1 thread and reserves 0.5 GPUs" in said
     assert "warm pool: 2 workers, about 400 MiB" in said
     assert any(line.startswith("down: idle units stay") for line in said)
+
+
+def test_it_says_what_bounds_memory() -> None:
+    assert "8 MiB to start with, 8 MiB at most (experts.replicas; planner" in meaning(Policy(), SMALL)[2]
+    unplanned = Policy.model_validate({"planner": {"enabled": False}})
+    assert meaning(unplanned, SMALL)[2].endswith("8 MiB to start with, 64 MiB at most")
 
 
 def test_without_a_model_it_says_the_rest() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from replay.client import Client, open_session
+from replay.client import Client
+from replay.connection import Connections
 from replay.outcome import Outcome
 from replay.prompts import Prompts
 from replay.replayer import Asking, Replayer
@@ -38,14 +39,16 @@ def play(
     outcomes: list[Outcome] = []
 
     async def run() -> None:
-        async with serving(server), open_session() as session, asyncio.timeout(30):
-            client = Client(session, options.pop("url", server.url), **options)
+        async with serving(server), asyncio.timeout(30):
+            connections = Connections(options.pop("url", server.url))
+            client = Client(connections, **options)
             replayer = Replayer(client, PROMPTS, asking or Asking("any"), outcomes.append)
             beside = asyncio.create_task(during(replayer)) if during else None
             await replayer.run(requests)
             assert replayer.progress.done == replayer.progress.sent == len(outcomes)
             if beside:
                 await beside
+            connections.close()
 
     asyncio.run(run())
     return sorted(outcomes, key=lambda outcome: outcome.index)
