@@ -38,8 +38,8 @@ def wanted(plan: Plan | None, replica: str, unit: Sequence[Slice]) -> list[Slice
 class Residency:
     """Keeps the slices of `ffn` those that are wanted; a thread of low priority, so that no call waits for it.
 
-    `announce(slices)` is called with those that are ready, before others are released. A slice that a call loaded
-    because it was missing goes like one that is no longer wanted.
+    `announce(slices)` is called with those that are ready, in their grace too: whoever is to have them next may not be
+    ready yet. A slice that a call loaded because it was missing goes like one that is no longer wanted.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Residency:
     ) -> None:
         """`memory_bytes` is what all slices may take, of `slice_bytes` each; 0: no bound."""
         self.slices: list[Slice] = []
-        """Ready and wanted."""
+        """Ready, and said to be."""
         self._ffn = ffn
         self._room = memory_bytes // slice_bytes if memory_bytes else None
         self._announce = announce
@@ -138,8 +138,9 @@ class Residency:
         self._tell(goal)
         return False
 
-    def _tell(self, goal: list[Slice]) -> None:
-        ready = sorted(self._ffn.loaded.intersection(goal))
+    def _tell(self, goal: Iterable[Slice], but: Iterable[Slice] = ()) -> None:
+        """Announce what is ready: of `goal`, and what was announced before and is still there, `but` not these."""
+        ready = sorted(self._ffn.loaded.intersection([*goal, *self.slices]).difference(but))
         if ready != self.slices:
             self.slices = ready
             self._announce(ready)
@@ -148,4 +149,5 @@ class Residency:
         now = time.monotonic()
         due = [slice_ for slice_, since in self._unwanted.items() if now - since >= grace_s]
         if due:
+            self._tell((), due)
             self._ffn.unload(due)
