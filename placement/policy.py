@@ -69,6 +69,8 @@ class ExpertPolicy(_Section):
 class GatewayPolicy(_Section):
     """The persistent side."""
 
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Gateways, each with its own KV cache. With two or more the others take over at once when one is lost."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`auto` takes CUDA where there is one."""
     threads: int = Field(default=0, ge=0)
