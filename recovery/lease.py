@@ -70,7 +70,7 @@ class Lease(_Background):
 
     def _work(self) -> None:
         while not self._stop.wait(_RENEW_S):
-            self._directory.put(self._entry)
+            self._directory.put(self._entry, renewed=True)
 
     def close(self) -> None:
         """Give the lease back; where Redis is down it runs out by itself."""
