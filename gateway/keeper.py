@@ -83,6 +83,8 @@ class Keeper:
             await asyncio.sleep(min(_PAUSE_S * quick, _LONGEST_PAUSE_S))
             try:
                 await self._start()
+                if self._ending:
+                    os.kill(self._pid, signal.SIGTERM)
             except (GatewayFailedError, OSError) as error:
                 log.error("the gateway does not start: %s", error)
                 if quick >= _MOST_QUICK:

@@ -110,7 +110,14 @@ class GatewayPool:
             # A fresh id: the gateway may not have noticed yet that the connection before this one is gone.
             attempt = msgspec.structs.replace(submit, request_id=f"{submit.request_id}~{attempts}", emitted=emitted)
             left = math.inf if ends is None else ends - time.monotonic()
-            client = await self.client(min(self.patience_s if attempts == 1 else self.loyalty_s, left))
+            patience = self.patience_s if attempts == 1 else self.loyalty_s
+            try:
+                client = await self.client(min(patience, left))
+            except GatewayLostError:
+                if self._closing or left > patience:
+                    raise
+                yield _late(attempt)
+                return
             if ends is not None:
                 attempt = msgspec.structs.replace(attempt, deadline_s=ends - time.monotonic())
             try:
@@ -180,6 +187,11 @@ class GatewayPool:
             log.info("%s", self._failure)
         finally:
             del self._connecting[address]
+
+
+def _late(submit: Submit) -> Delta:
+    sentence = "The request's deadline passed while there was no gateway for it."
+    return Delta(request_id=submit.request_id, token_ids=[], finish_reason="error", error=sentence, error_status=504)
 
 
 async def _status(client: GatewayClient) -> GatewayStatus | None:

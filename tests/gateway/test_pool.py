@@ -196,6 +196,15 @@ class TestPool:
                 await tokens_of(pool, submit())
         assert "\n" not in str(caught.value)
 
+    async def test_a_deadline_that_passes_without_a_gateway_is_told_as_such(self) -> None:
+        async def addresses() -> list[str]:
+            return []
+
+        async with GatewayPool(addresses, SECRET, MODEL) as pool:
+            request = msgspec.structs.replace(submit(), deadline_s=0.2)
+            [delta] = [delta async for delta in pool.generate(request)]
+        assert (delta.finish_reason, delta.error_status) == ("error", 504)
+
     async def test_a_request_that_takes_every_gateway_down_is_given_up(self) -> None:
         async def die_of_it(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             link = await framing.Link.accept(reader, writer, SECRET, MODEL, 5.0)
