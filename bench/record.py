@@ -49,8 +49,8 @@ def engine(store: ExpertStore, routing: RoutingLog) -> Engine:
     """A gateway's engine, which `routing` can watch."""
     kernels.load(cache_dir() / "compiled")
     inline = ExpertFFN(store, fast=True)
-    for expert in range(store.manifest.num_experts):
-        inline.load(expert)
+    for layer, expert in store.slices:
+        inline.load(layer, expert)
     manifest = store.manifest
     dispatcher = Dispatcher(NoFleet(), inline, manifest.num_experts, 32, 1.0)
     model = load_model(store, experts=routing.watch(dispatcher))

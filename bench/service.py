@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from deploy.status import is_warm
 
@@ -67,6 +68,14 @@ class Service:
             if self.process.poll() is not None:
                 raise RuntimeError("`evermoe serve` ended before it answered")
             time.sleep(0.05)
+
+    def apply(self, policy: dict[str, Any]) -> None:
+        """Change the policy as an operator does."""
+        evermoe = Path(sys.executable).parent / "evermoe"
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            yaml.safe_dump(policy, file)
+            file.flush()
+            subprocess.run([evermoe, "policy", "apply", file.name, "--url", self.url], check=True, stdout=sys.stderr)
 
     def replicas_ready(self, seen: dict[str, float]) -> bool:
         """Note when each replica appeared; whether all that are planned are there."""

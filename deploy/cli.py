@@ -1,4 +1,4 @@
-"""The `evermoe` command. Bad input ends with one line on stderr and exit code 2."""
+"""The `evermoe` command. Bad input ends with one line for each mistake on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from deploy.models import cache_dir
+from deploy.policy_commands import app as policy_app
 from deploy.predictor_commands import app as predictor_app
+from deploy.replay_commands import replay
+from deploy.trace_commands import app as trace_app
 
 app = typer.Typer(
     name="evermoe",
@@ -21,7 +25,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(policy_app)
 app.add_typer(predictor_app)
+app.add_typer(trace_app)
+app.command()(replay)
 _OURS = {"deploy", "experts", "gateway", "placement", "predictor", "recovery", "replay"}
 _out = Console()
 _err = Console(stderr=True)
@@ -103,16 +110,18 @@ def record(
 @app.command()
 def status(
     url: Annotated[str, typer.Option(help="Where the service listens.")] = "http://127.0.0.1:8000",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    why: Annotated[bool, typer.Option("--why", help="Also say why each unit has so many replicas.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Show the experts of a running service: replicas, nodes, resident layers and calls by path."""
-    from deploy.status import fetch_status, print_status
+    """Show the experts of a running service: replicas and their devices, resident slices, rows, and the plan."""
+    from deploy.status import fetch_status
+    from deploy.status_table import print_status
 
     report = fetch_status(url)
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
-        print_status(report, _out)
+        print_status(report, _out, why=why)
 
 
 @app.command()
@@ -140,7 +149,8 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError) as error:
         if not _for_people(error):
             raise
-        _err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        for line in str(error).splitlines():
+            _err.print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -15,7 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from deploy.warm_pool import WarmPool, start_worker
+from experts.preload import FOLDER
 from placement.policy import Policy
+from recovery.directory import Directory
 
 if TYPE_CHECKING:
     from experts.store import ExpertStore
@@ -29,9 +32,11 @@ _WORKER_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    "RAY_preload_python_modules": "experts.preload",
 }
 
 
+_WARM_POOL = "warm-pool"
 _POLL_S = 0.1
 _STOP_S = 15.0
 """What the application's deployments have to end once their last request has."""
@@ -72,15 +77,18 @@ def running(
     `store` is called once the cluster is up: what it waits for is done while Ray starts.
     """
     with _run_folder() as folder, _redis(redis_url, folder) as url, local_ray(folder), _serve(policy) as serve:
-        from deploy.app import assemble
+        from deploy.app import assemble, namespace_of
 
-        application = assemble(store(), policy, url, name, listen=(host, port), record=record)
+        opened = store()
+        application = assemble(opened, policy, url, name, listen=(host, port), record=record)
         try:
             serve.run(application, name=APP, route_prefix="/")
         except RuntimeError as error:
             logs = folder / "session_latest" / "logs" / "serve"
             raise LaunchError(f"the service did not come up ({error}): its logs are in {logs}") from error
-        yield
+        directory = Directory(url, namespace_of(opened, policy, name))
+        with WarmPool(directory, folder / _WARM_POOL, start_worker):
+            yield
 
 
 @contextlib.contextmanager
@@ -138,7 +146,8 @@ def _redis(url: str | None, folder: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def local_ray(folder: Path) -> Iterator[None]:
     """A Ray cluster of this host alone, reachable through the loopback interface; its files lie in `folder`."""
-    with _environment({**_WORKER_ENVIRONMENT, "TMPDIR": str(folder)}):
+    pool = {FOLDER: str(folder / _WARM_POOL)}
+    with _environment({**_WORKER_ENVIRONMENT, **pool, "TMPDIR": str(folder)}):
         import ray
 
         try:

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from placement.policy.fitting import ModelFacts
+
 if TYPE_CHECKING:
+    from experts.manifest import Manifest
     from experts.store import ExpertStore
 
 DEFAULT_MODEL = Path(__file__).parent / "model" / "evermoe-tiny"
@@ -37,6 +40,21 @@ def ensure_store(model: Path, *, dtype: str = "auto", progress: Progress | None 
     if (store / "manifest.json").exists():
         return ExpertStore.open(store, verify=True)
     return prepare(model, store, dtype=dtype, progress=progress)
+
+
+def model_facts(manifest: Manifest, name: str) -> ModelFacts:
+    """What a policy has to fit."""
+    return ModelFacts(
+        name=name, experts=manifest.num_experts, layers=manifest.moe_layers, slice_bytes=manifest.slice_bytes
+    )
+
+
+def find_manifest(model: Path, *, dtype: str = "auto") -> Manifest | None:
+    """The manifest of a prepared store, or of a checkpoint's in the cache; None where nothing is prepared yet."""
+    from experts.manifest import NAME, Manifest
+
+    folders = (model, cache_dir() / "stores" / _cache_name(model, dtype))
+    return next((Manifest.read(folder) for folder in folders if (folder / NAME).exists()), None)
 
 
 def _cache_name(model: Path, dtype: str) -> str:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 from rich.live import Live
 
+from deploy.fit import check_policy, this_host
 from deploy.launcher import check_port, running
-from deploy.models import DEFAULT_MODEL, ensure_store
+from deploy.models import DEFAULT_MODEL, ensure_store, model_facts
 from deploy.progress import preparation_bar
 from deploy.status import StatusError, fetch_status, is_warm, warm_up
-from placement.policy import load_policy
+from placement.policy import Policy, load_policy
 from recovery.directory import Directory
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def serve_model(
     """Serve until interrupted. Everything that can be wrong is checked before anything is started."""
     _interrupt_once()
     policy = load_policy(policy_file)
+    check_policy(policy, policy_file, None, [this_host(gpus=policy.wants_gpu)])
     if record is not None:
         from deploy.recording import check_writable
 
@@ -56,7 +58,7 @@ def serve_model(
     source = model or DEFAULT_MODEL
     served = name or source.resolve().name
     console.print(f"starting [bold]{served}[/] ...")
-    store = _in_background(lambda: _store(source, dtype, console))
+    store = _in_background(lambda: _store(source, dtype, console, served, policy, policy_file))
     if model is not None:
         store()  # a model of the operator's own is judged before anything starts; ours can wait for Ray
     with running(store, policy, name=served, host=host, port=port, redis_url=redis_url, record=record):
@@ -72,9 +74,11 @@ def serve_model(
             console.print(f"stopping ... (running requests have {policy.api.drain_s:g} s to finish)")
 
 
-def _store(model: Path, dtype: str, console: Console) -> ExpertStore:
+def _store(model: Path, dtype: str, console: Console, name: str, policy: Policy, file: Path | None) -> ExpertStore:
     with preparation_bar(console) as progress:
-        return ensure_store(model, dtype=dtype, progress=progress)
+        store = ensure_store(model, dtype=dtype, progress=progress)
+    check_policy(policy, file, model_facts(store.manifest, name), None)
+    return store
 
 
 def _in_background(work: Callable[[], T]) -> Callable[[], T]:

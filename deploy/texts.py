@@ -23,6 +23,20 @@ class TextError(ValueError):
     """There is no text for a model; the message is one line for the operator."""
 
 
+def plain_texts(characters: int) -> dict[str, str]:
+    """For each kind of text about so many characters of it."""
+    texts: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    left: dict[str, int] = dict.fromkeys(KINDS, characters)
+    for document in documents("train"):
+        if left[document.kind] > 0:
+            part = document.text[: left[document.kind]] + _SEPARATOR
+            texts[document.kind].append(part)
+            left[document.kind] -= len(part)
+        elif all(missing <= 0 for missing in left.values()):
+            break
+    return {kind: "".join(parts) for kind, parts in texts.items()}
+
+
 def token_streams(model: Path, vocabulary: int) -> dict[str, Tokens]:
     """For each kind of text one stream of tokens [N], of the model or store in `model`; kept in the cache.
 

@@ -20,12 +20,13 @@ from gateway import compilation
 from gateway.batch import Batch
 from gateway.dispatch import Dispatcher
 from gateway.engine import Engine, EngineSettings
-from gateway.fleet import DispatchTable, Fleet
+from gateway.fleet import Fleet
 from gateway.look_ahead import Gates
 from gateway.messages import Delta, SamplingParams, Submit
 from gateway.model import load_model
 from gateway.routing_log import RoutingLog
 from gateway.routing_packer import RoutingPacker
+from gateway.table import DispatchTable
 from predictor.load_step import LoadStep
 from predictor.shape import ModelShape
 from predictor.signals import LoadSignals
@@ -57,8 +58,8 @@ class VirtualEngine:
         compiled, manifest = cache_dir() / "compiled", store.manifest
         kernels.load(compiled)
         inline = ExpertFFN(store, fast=True)
-        for expert in range(manifest.num_experts):
-            inline.load(expert)
+        for layer, expert in store.slices:
+            inline.load(layer, expert)
         self.clock = VirtualClock()
         self._log = _TimedLog(tuple(manifest.moe_layers), self.clock)
         dispatcher = Dispatcher(NoFleet(), inline, manifest.num_experts, 1, 1.0)

@@ -5,16 +5,18 @@ Whoever assembles the application imports this; torch is imported only where a r
 
 from __future__ import annotations
 
-import os
-import threading
 from pathlib import Path
 
 import ray
 from ray import serve
 
+from experts.preload import import_gently
 from placement.policy import ExpertPolicy
 from placement.unit import Unit
 from recovery.directory import Directory
+
+_MOST_REPLICAS = 1000
+"""Serve's own bound, which can't change while it runs; the policy's can."""
 
 
 class ExpertReplica:
@@ -23,7 +25,7 @@ class ExpertReplica:
     def __init__(
         self, unit: Unit, store: str, policy: ExpertPolicy, redis_url: str, namespace: str, compiled: str | None
     ) -> None:
-        _import_gently()
+        import_gently()
         from experts.replica import Replica
 
         self._replica = Replica(
@@ -48,18 +50,6 @@ class ExpertReplica:
             self._replica.close()
 
 
-def _import_gently() -> None:
-    """Import torch in a thread of low priority: replicas that start leave the cores to processes that serve."""
-
-    def work() -> None:
-        os.nice(10)  # on Linux it is the thread's own
-        import experts.replica  # noqa: F401
-
-    thread = threading.Thread(target=work, name="import")
-    thread.start()
-    thread.join()
-
-
 def expert_deployment(
     unit: Unit, store: str, policy: ExpertPolicy, redis_url: str, namespace: str, compiled: str | None
 ) -> serve.Application:
@@ -67,20 +57,30 @@ def expert_deployment(
     scaling = {
         "min_replicas": 0,
         "initial_replicas": 0,
-        "max_replicas": policy.max_replicas,
+        "max_replicas": _MOST_REPLICAS,
         "upscale_delay_s": 0,
         "downscale_delay_s": 0,
         "downscale_to_zero_delay_s": 0,
         "policy": {
             "policy_function": "experts.autoscaling:PlannedReplicas",
-            "policy_kwargs": {"redis_url": redis_url, "namespace": namespace, "unit": unit.name},
+            "policy_kwargs": {
+                "redis_url": redis_url,
+                "namespace": namespace,
+                "unit": unit.name,
+                "experts": list(unit.experts),
+                "layers": list(unit.layers),
+            },
         },
     }
     deployment = serve.deployment(
         ExpertReplica,
         name=unit.name,
         autoscaling_config=scaling,
-        ray_actor_options={"num_cpus": policy.resources.cpu, "num_gpus": policy.resources.gpu},
+        ray_actor_options={
+            "num_cpus": policy.resources.cpu,
+            "num_gpus": policy.resources.gpu,
+            "resources": dict(policy.resources.custom),
+        },
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=5.0,
     )

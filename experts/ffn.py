@@ -5,7 +5,8 @@ a hundred megabytes. Gates that only the family knows (interleaved, clamped) and
 family's own experts module, built on the meta device.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,10 @@ from torch.nn import functional as F
 
 from experts import kernels
 from experts.manifest import SliceForm
-from experts.mapped import populate
+from experts.mapped import trim
 from experts.matrix import FastMatrix, PlainMatrix, packable
 from experts.store import ExpertStore
+from experts.tally import Tally
 
 _ACTIVATIONS = {"silu": F.silu}
 
@@ -39,13 +41,18 @@ class SliceWeights:
             )
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the slice takes."""
+        return self.up.nbytes + self.down.nbytes
+
 
 class ExpertFFN:
-    """The pure function of a slice on `device`, for the experts that are loaded.
+    """The pure function of a slice on `device`, for the slices (layer, expert) that are loaded.
 
-    On a CPU the weights stay memory-mapped: loading costs no memory of its own and `unload` gives back the address
-    space. `fast` ones (see `FastMatrix`) are copied where our kernels are not built. Other devices get a copy. Experts
-    may be loaded and unloaded while another thread computes.
+    On a CPU the weights stay memory-mapped: loading costs no memory but pages that all processes share, and `unload`
+    gives those back. `fast` ones (see `FastMatrix`) are copied where our kernels are not built. Other devices get a
+    copy. Slices may be loaded and unloaded while other threads compute.
     """
 
     def __init__(self, store: ExpertStore, device: torch.device | str = "cpu", *, fast: bool = False) -> None:
@@ -55,29 +62,50 @@ class ExpertFFN:
         self._fusable = form.gated and form.activation == "silu" and not form.bias and not form.normed
         self._store = store
         self._form = store.manifest.form
-        self._slices: dict[int, dict[int, SliceWeights]] = {}
+        self._slices: dict[tuple[int, int], SliceWeights] = {}
         self._wholes: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         """Layer -> both weights of all its experts, where all are loaded and the kernel takes them."""
+        self._changing = threading.Lock()
+        self.tally = Tally()
+        """Of calls answered by `serve`."""
         self._modules = {} if self._form.activation else _experts_modules(store)
 
     @property
-    def loaded(self) -> frozenset[int]:
-        """Experts that are loaded now."""
+    def loaded(self) -> frozenset[tuple[int, int]]:
+        """Slices that are loaded now."""
         return frozenset(self._slices)
 
-    def load(self, expert: int) -> None:
-        """Map the expert's weights, or copy them to the device; nothing happens if that was done.
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that they take, on the host or on the device."""
+        return sum(weights.nbytes for weights in list(self._slices.values()))
+
+    def load(self, layer: int, expert: int) -> None:
+        """Map the slice's weights, or copy them to the device; nothing happens if that was done.
 
         Raises:
             StoreError: there is no such expert, or its file is damaged.
+            LookupError: `layer` has no experts.
         """
-        if expert not in self._slices:
-            self._slices[expert] = self._load(expert)
+        if (layer, expert) not in self._slices:
+            self._load(layer, expert)
 
-    def unload(self, expert: int) -> None:
-        """Let go of the expert's weights, if they are loaded."""
-        self._slices.pop(expert, None)
-        self._wholes.clear()
+    def unload(self, slices: Collection[tuple[int, int]]) -> None:
+        """Let go of the weights of those `slices` that are loaded; calls under way keep theirs until they end."""
+        if not slices:
+            return
+        with self._changing:
+            gone = [self._slices.pop((layer, expert), None) for layer, expert in slices]
+            for layer, _ in slices:
+                self._wholes.pop(layer, None)
+            self.tally.change()
+        if not any(weights is not None for weights in gone):
+            return
+        gone.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self._fast:
+            trim()
 
     def __call__(self, layer: int, expert: int, rows: torch.Tensor) -> torch.Tensor:
         """The expert's output `[T, H]` for `rows [T, H]`, without router weights; see `compute`."""
@@ -116,18 +144,36 @@ class ExpertFFN:
 
         None where the compiled kernel does not compute that: an expert of the model is not loaded, or of another form.
         """
-        experts = self._store.manifest.num_experts
-        if len(self._slices) < experts:
+        whole = self._wholes.get(layer) or self._whole(layer, hidden)
+        if whole is None or not kernels.few(len(hidden)):
             return None
-        if layer not in self._wholes:
-            every = [self._slice(layer, expert) for expert in range(experts)]
-            if not all(self._fuses(slice_, hidden) for slice_ in every):
-                return None
-            self._wholes[layer] = [s.up.weight for s in every], [s.down.weight for s in every]
-        if not kernels.few(len(hidden)):
-            return None
-        up, down = self._wholes[layer]
+        up, down = whole
         return kernels.mixture(hidden.contiguous(), index.contiguous(), weights, up, down)
+
+    def _whole(self, layer: int, hidden: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+        """Both weights of all experts of `layer`; None where one is not loaded, or the kernel does not take it."""
+        with self._changing:
+            every = []
+            for expert in range(self._store.manifest.num_experts):
+                weights = self._slices.get((layer, expert))
+                if weights is None or not self._fuses(weights, hidden):
+                    return None
+                every.append(weights)
+            self._wholes[layer] = [s.up.weight for s in every], [s.down.weight for s in every]
+            return self._wholes[layer]
+
+    def serve(self, descriptor: int, arena: int, memory: torch.Tensor) -> None:
+        """Answer calls of slices that are loaded, as they come on a descriptor, until others are; see `kernels.serve`.
+
+        Nothing happens where the compiled kernel does not compute them.
+        """
+        stamp = self.tally.stamp
+        slices = dict(self._slices)
+        dtype = getattr(torch, self._store.manifest.dtype)
+        sample = torch.empty(1, self._store.manifest.hidden_size, dtype=dtype)
+        if slices and all(self._fuses(weights, sample) for weights in slices.values()):
+            up, down = [w.up.weight for w in slices.values()], [w.down.weight for w in slices.values()]
+            kernels.serve(descriptor, arena, memory, slices, up, down, self.tally.numbers, stamp)
 
     def _compute(
         self, layer: int, counts: list[int], weights: list[SliceWeights], rows: torch.Tensor, out: torch.Tensor
@@ -163,24 +209,20 @@ class ExpertFFN:
         return result
 
     def _slice(self, layer: int, expert: int) -> SliceWeights:
-        layers = self._slices.get(expert)
-        if layers is None:  # not loaded yet, or unloaded by another thread a moment ago
-            layers = self._slices[expert] = self._load(expert)
-        if layer not in layers:
-            raise LookupError(f"layer {layer} of {self._store.path} has no experts")
-        return layers[layer]
+        # Else not loaded yet, or unloaded by another thread a moment ago.
+        return self._slices.get((layer, expert)) or self._load(layer, expert)
 
-    def _load(self, expert: int) -> dict[int, SliceWeights]:
-        layers = {}
-        for layer, params in self._store.expert(expert).items():
-            params = {name: tensor.to(self.device) for name, tensor in params.items()}
-            if self._modules:
-                _give_shared(self._modules[layer], params)
-            layers[layer] = SliceWeights.of(params, self._form, fast=self._fast)
-            if self._fast:
-                populate(layers[layer].up.weight)
-                populate(layers[layer].down.weight)
-        return layers
+    def _load(self, layer: int, expert: int) -> SliceWeights:
+        params = {name: tensor.to(self.device) for name, tensor in self._store.slice(layer, expert).items()}
+        if self._modules:
+            _give_shared(self._modules[layer], params)
+        weights = SliceWeights.of(params, self._form, fast=self._fast)
+        if self._fast:
+            weights.up.make_ready()
+            weights.down.make_ready()
+        with self._changing:
+            self.tally.change()
+            return self._slices.setdefault((layer, expert), weights)
 
 
 def _product(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, fast: bool) -> PlainMatrix:

@@ -4,13 +4,16 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <vector>
 
+#include "exchange.h"
 #include "products.h"
 #include "team.h"
 
@@ -145,7 +148,13 @@ void expert_ffn(const at::Tensor& rows, at::IntArrayRef counts, at::TensorList u
                 at::Tensor& out) {
   const auto dtype = rows.scalar_type();
   TORCH_CHECK(counts.size() == up.size() && up.size() == down.size() && rows.stride(1) == 1 && dense(out, dtype));
-  for (size_t e = 0; e < up.size(); ++e) TORCH_CHECK(dense(up[e], dtype) && dense(down[e], dtype));
+  const int64_t hidden = rows.size(1);
+  TORCH_CHECK(out.sizes() == rows.sizes() && std::accumulate(counts.begin(), counts.end(), int64_t{0}) == rows.size(0));
+  for (size_t e = 0; e < up.size(); ++e) {
+    TORCH_CHECK(dense(up[e], dtype) && dense(down[e], dtype) && counts[e] >= 0);
+    TORCH_CHECK(up[e].size(1) == hidden && down[e].size(0) == hidden && up[e].size(0) == 2 * down[e].size(1),
+                "rows of ", hidden, " numbers do not fit the weights");
+  }
   if (counts.empty()) return;
   if (dtype == at::kFloat) {
     run<float>(rows, counts, up, down, out);
@@ -185,6 +194,35 @@ at::Tensor product(const at::Tensor& rows, const at::Tensor& weight, const std::
     TORCH_CHECK(false, "no bfloat16 here");
   }
   return out;
+}
+
+// Products that compiled layers of this thread ask for: number `slot` of a layer is at first[layer] + slot.
+struct Products {
+  std::vector<at::Tensor> weights, biases;
+  std::vector<int64_t> first;
+  int64_t most_rows = 0;
+};
+thread_local Products products;
+
+// From now on this thread's layers get these products without Python, for up to `most_rows` rows; an empty bias is none.
+void products_of(at::TensorList weights, at::TensorList biases, at::IntArrayRef first, int64_t most_rows) {
+  TORCH_CHECK(weights.size() == biases.size() && (first.empty() || first.back() == (int64_t)weights.size()));
+  products = {weights.vec(), biases.vec(), first.vec(), most_rows};
+}
+
+// A compiled layer's product number `slot`: see gateway/layer_ops.py, which answers what is not known here.
+at::Tensor linear(const at::Tensor& rows, const at::Tensor& layer, int64_t slot, int64_t out) {
+  const int64_t number = *layer.const_data_ptr<int64_t>();
+  const auto& first = products.first;
+  if (number >= 0 && number + 1 < static_cast<int64_t>(first.size()) && slot < first[number + 1] - first[number]) {
+    const at::Tensor &weight = products.weights[first[number] + slot], &bias = products.biases[first[number] + slot];
+    if (rows.scalar_type() == weight.scalar_type() && rows.numel() <= products.most_rows * weight.size(1))
+      return product(rows, weight, bias.numel() ? std::optional(bias) : std::nullopt);
+  }
+  static const auto python = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("evermoe::linear_in_python", "")
+                                 .typed<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t)>();
+  return python.call(rows, layer, slot, out);
 }
 
 // sum over k of weights[t, k] * rows[place[t * K + k]], in fp32 and in the order of k.
@@ -261,6 +299,30 @@ at::Tensor mixture(const at::Tensor& hidden, const at::Tensor& index, const at::
   return weighted_sum(results, place, weights);
 }
 
+// A replica's calls on the socket `fd`, in the arena number `arena` of `memory` (rows, then results), until one comes
+// that is not of these slices (layer, expert) or of more than `most_rows` rows, or the `stamp` of `tally` is another;
+// up[s] [2W, H], down[s] [H, W].
+void serve(int64_t fd, int64_t arena, const at::Tensor& memory, at::IntArrayRef slices, at::TensorList up,
+           at::TensorList down, int64_t most_rows, at::Tensor& tally, int64_t stamp) {
+  TORCH_CHECK(slices.size() == 2 * up.size() && up.size() == down.size() && !up.empty() && memory.is_contiguous());
+  TORCH_CHECK(dense(tally, at::kLong) && tally.numel() == evermoe::Tally::kNumbers);
+  const auto dtype = down[0].scalar_type();
+  evermoe::Served served{};
+  for (size_t s = 0; s < up.size(); ++s) {
+    TORCH_CHECK(dense(up[s], dtype) && dense(down[s], dtype) && down[s].size(0) == down[0].size(0));
+    served.slices[evermoe::Served::key(slices[2 * s], slices[2 * s + 1])] = s;
+  }
+  served.up = up;
+  served.down = down;
+  served.memory = static_cast<char*>(memory.data_ptr());
+  served.capacity = memory.nbytes() / 2;
+  served.arena = arena;
+  served.width = down[0].size(0);
+  served.most_rows = most_rows;
+  served.dtype = dtype;
+  evermoe::serve_calls(static_cast<int>(fd), served, {tally.mutable_data_ptr<int64_t>(), stamp}, expert_ffn);
+}
+
 // How many threads share an operation from now on, in the whole process.
 void share(int64_t threads) { Team::shared().resize(static_cast<int>(threads)); }
 
@@ -275,7 +337,15 @@ TORCH_LIBRARY_FRAGMENT(evermoe, library) {
   library.def("expert_ffn(Tensor rows, int[] counts, Tensor[] up, Tensor[] down, Tensor(a!) out) -> ()");
   library.def("mixture(Tensor hidden, Tensor index, Tensor weights, Tensor[] up, Tensor[] down) -> Tensor");
   library.def("product(Tensor rows, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("products_of(Tensor[] weights, Tensor[] biases, int[] first, int most_rows) -> ()", &products_of);
   library.def("weighted_sum(Tensor rows, Tensor place, Tensor weights) -> Tensor");
+  library.def("lay_out(Tensor hidden, Tensor index, int[] parts, Tensor(a!) out) -> Tensor");
+  library.def("send_calls(int[] fds, int[] heads, int[] segments) -> int[]", &evermoe::send_calls);
+  library.def(
+      "receive_replies(int[] fds, int[] seqs, int[] rows, int[] patience, int grace, Tensor(a!) headers) -> int[]");
+  library.def(
+      "serve(int fd, int arena, Tensor memory, int[] slices, Tensor[] up, Tensor[] down, int most_rows, "
+      "Tensor(a!) tally, int stamp) -> ()");
   library.def("share(int threads) -> ()", &share);
   library.def("multiplies(ScalarType dtype) -> bool", &multiplies);
 }
@@ -284,5 +354,9 @@ TORCH_LIBRARY_IMPL(evermoe, CPU, library) {
   library.impl("expert_ffn", &expert_ffn);
   library.impl("mixture", &mixture);
   library.impl("product", &product);
+  library.impl("linear", &linear);
   library.impl("weighted_sum", &weighted_sum);
+  library.impl("lay_out", &evermoe::lay_out);
+  library.impl("receive_replies", &evermoe::receive_replies);
+  library.impl("serve", &serve);
 }

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,28 @@ def multiplies(weight: torch.Tensor) -> bool:
     )
 
 
+def serve(
+    descriptor: int,
+    arena: int,
+    memory: torch.Tensor,
+    slices: Iterable[tuple[int, int]],
+    up: Sequence[torch.Tensor],
+    down: Sequence[torch.Tensor],
+    tally: torch.Tensor,
+    stamp: int,
+) -> None:
+    """Answer calls of `slices` (layer, expert) on a socket, their rows in `memory [bytes]` of the arena with a number.
+
+    Returns when a frame comes that is none of these, or the connection ends; nothing of it has been read then. Returns
+    soon when `stamp` is no longer the first number of `tally` (see `experts.tally`), where calls are counted.
+    """
+    places = list(chain.from_iterable(slices))
+    _operator("serve")(descriptor, arena, memory, places, up, down, _most_rows(), tally, stamp)
+
+
 def few(rows: int) -> bool:
     """Whether the kernels are the fastest way for so many rows."""
-    return rows <= _FEW_ROWS or not _has_amx()
+    return rows <= _most_rows()
 
 
 def sums(rows: torch.Tensor) -> bool:
@@ -130,6 +150,14 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return result
 
 
+def answer_products(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], first: Sequence[int]) -> None:
+    """Let compiled layers of this thread multiply without Python: layer l by `weights[first[l] : first[l + 1]]`.
+
+    Each `[out, in]`, or empty for one that Python must be asked for; an empty bias is none.
+    """
+    _operator("products_of")(weights, biases, first, _most_rows())
+
+
 def weighted_sum(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """`out[t] = sum over k of weights[t, k] * rows[place[t * K + k]]` in fp32, k by k; `[T, H]` in the rows' dtype."""
     out: torch.Tensor = _operator("weighted_sum")(rows, place, weights.float().contiguous())
@@ -149,5 +177,5 @@ def _has(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def _has_amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+def _most_rows() -> int:
+    return _FEW_ROWS if torch.cpu._is_amx_tile_supported() else 1 << 31

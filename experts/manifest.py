@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from experts.errors import StoreError
 
 VERSION = 1
 NAME = "manifest.json"
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map")
 
 
@@ -63,6 +65,16 @@ class Manifest:
     form: SliceForm
     expert_params: Mapping[str, tuple[int, ...]]
     files: Mapping[str, FileEntry]
+
+    @property
+    def slice_numbers(self) -> int:
+        """Weights of one slice."""
+        return sum(math.prod(shape) for shape in self.expert_params.values())
+
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes of one slice's weights."""
+        return self.slice_numbers * _ITEM_BYTES[self.dtype]
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from experts import kernels
+from experts.mapped import discard, populate
 
 _PACKABLE = (torch.bfloat16, torch.float32)
 
@@ -25,12 +26,22 @@ class PlainMatrix:
         """Rows `[..., in]` to `[..., out]`."""
         return F.linear(rows, self.weight, self.bias)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that reading the weights takes."""
+        return self.weight.nbytes
+
+    def make_ready(self) -> None:
+        """Bring the weights, which are memory-mapped, to where they are read."""
+        populate(self.weight)
+
 
 class FastMatrix(PlainMatrix):
     """The same by the compiled kernel, or else with a packed copy of the weights; only for what is `packable`."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__(weight.contiguous(), bias)
+        self._copied = self.weight is not weight
         self._packed: torch.Tensor | None = None
         if not kernels.multiplies(self.weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
@@ -43,6 +54,18 @@ class FastMatrix(PlainMatrix):
             return F.linear(rows, self.weight, self.bias)
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
         return result
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that reading the weights takes."""
+        return self.weight.nbytes * (2 if self._packed is not None and self._copied else 1)
+
+    def make_ready(self) -> None:
+        """Bring the weights, which are memory-mapped, to where they are read; not what only made the packed copy."""
+        if self._packed is None:
+            populate(self.weight)
+        elif not self._copied:
+            discard(self.weight)
 
     def streams(self, rows: torch.Tensor) -> bool:
         """Whether the compiled kernel multiplies `rows`; once it is there, nothing needs a packed copy."""

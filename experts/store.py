@@ -9,20 +9,23 @@ Opening a store and mapping experts needs torch only; the modeling code is impor
 or a checkpoint is converted.
 """
 
+import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from experts import manifest
-from experts.checkpoint import Checkpoint, read_json
+from experts.checkpoint import DTYPES, Checkpoint, read_header, read_json
 from experts.errors import StoreError
 from experts.manifest import FileEntry, Manifest
+from experts.mapped import MappedRange
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -77,19 +80,30 @@ class ExpertStore:
         """Every tensor outside the experts, by its name in the transformers model."""
         return self._tensors("gateway.safetensors")
 
-    def expert(self, expert: int) -> dict[int, dict[str, torch.Tensor]]:
-        """Parameters of one expert by layer and name, without an expert dimension.
+    @property
+    def slices(self) -> list[tuple[int, int]]:
+        """All slices: (layer, expert)."""
+        return [(layer, expert) for expert in range(self.manifest.num_experts) for layer in self.manifest.moe_layers]
+
+    def slice(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        """Parameters of one expert in one layer by name, without an expert dimension; mapped for themselves.
 
         Raises:
             StoreError: there is no such expert, or its file is damaged.
+            LookupError: `layer` has no experts.
         """
         if not 0 <= expert < self.manifest.num_experts:
             raise StoreError(f"{self.path} has experts 0 to {self.manifest.num_experts - 1}, not {expert}")
-        layers: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in self.manifest.moe_layers}
-        for name, tensor in self._tensors(f"experts/{expert}.safetensors").items():
-            layer, _, param = name.partition(".")
-            layers[int(layer)][param] = tensor
-        return layers
+        file = self.path / f"experts/{expert}.safetensors"
+        try:
+            places = _places(file, file.stat().st_mtime_ns).get(layer)
+            if places is None:
+                raise LookupError(f"layer {layer} of {self.path} has no experts")
+            ends = [place.begin + place.nbytes for place in places.values()]
+            mapped = MappedRange(file, min(place.begin for place in places.values()), max(ends))
+            return {name: mapped.tensor(at.dtype, at.shape, at.begin) for name, at in places.items()}
+        except (OSError, ValueError) as error:
+            raise _damaged(file, str(error)) from error
 
     def _tensors(self, name: str) -> dict[str, torch.Tensor]:
         try:
@@ -97,6 +111,36 @@ class ExpertStore:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError) as error:
             raise _damaged(self.path / name, str(error)) from error
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(file: Path, written_ns: int) -> dict[int, dict[str, _Place]]:
+    """Layer -> parameter -> its place in an expert's `file`, as of `written_ns`; raise ValueError for a bad header."""
+    start, header = read_header(file)
+    layers: dict[int, dict[str, _Place]] = {}
+    try:
+        for name, entry in header.items():
+            layer, _, param = name.partition(".")
+            begin = start + int(entry["data_offsets"][0])
+            place = _Place(DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
+            if place.nbytes != entry["data_offsets"][1] - entry["data_offsets"][0] or begin < start:
+                raise ValueError(f"tensor {name} has another size than its shape says")
+            layers.setdefault(int(layer), {})[param] = place
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"its header is not one of safetensors ({error!r})") from error
+    return layers
 
 
 def prepare(checkpoint: Path, store: Path, *, dtype: str = "auto", progress: Progress | None = None) -> ExpertStore:

@@ -7,7 +7,7 @@ through the model's forward, so nothing here is global.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -80,6 +80,17 @@ class AttentionStep:
         # The kernel reads each sequence as far as it goes; gathered, unlike lengths would be padding.
         self._groups = group_rows(chunks, cache.block_size, device, by_length=not paged_decode.loaded())
         self._masks: dict[tuple[MaskRule, int], torch.Tensor | None] = {}
+
+    def hand_over(self, layers: int, causal: Collection[int]) -> bool:
+        """Let compiled layers attend without Python, if all rows decode; of `layers` those that are `causal`."""
+        if not layers or not paged_decode.loaded() or len(self._groups) != 1 or not self._groups[0].decodes:
+            return False
+        group, pools = self._groups[0], []
+        for layer in range(layers):
+            pair = self._cache.pools(layer) if layer in causal and layer in self._cache.shapes else None
+            pools.append(pair if pair and paged_decode.takes(*pair) else (paged_decode.NOTHING, paged_decode.NOTHING))
+        paged_decode.answer_attention(self._slots, group.blocks, group.lengths, *zip(*pools, strict=True))
+        return True
 
     def attend(
         self,

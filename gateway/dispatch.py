@@ -11,25 +11,27 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from experts import kernels
-from experts.ffn import ExpertFFN
+from experts.wire import exchange
 from experts.wire.arena import Arena
-from experts.wire.channel import Call, CallRefusedError
-from gateway.assignment import Part, assign
-from gateway.fleet import DispatchTable, Fleet, Link
+from experts.wire.channel import Call
+from gateway.assignment import Holders, Part, assign
+from gateway.fleet import Fleet
 from gateway.inline_choice import InlineChoice
+from gateway.inline_experts import Inline
+from gateway.layer_times import LayerTimes
+from gateway.levelling import assign_levelled
+from gateway.row_layout import lay_out
 from gateway.step_times import StepTimes
+from gateway.table import DispatchTable, Link
 
 _WAIT_S = 0.2
 """Between two looks whether the gateway ends, while a step waits for replicas."""
-_LEAST_PATIENCE_S = 0.001
-"""For an answer that is there already when the deadline has passed."""
 
 
 class NoReplicaError(RuntimeError):
@@ -45,7 +47,7 @@ class Dispatcher:
     def __init__(
         self,
         fleet: Fleet,
-        inline: ExpertFFN,
+        inline: Inline,
         experts: int,
         min_rows: int,
         deadline_s: float,
@@ -54,9 +56,12 @@ class Dispatcher:
         may_inline: bool = True,
         times: StepTimes | None = None,
     ) -> None:
-        """`choice` may keep rows here that replicas would compute; without `may_inline` none ever are."""
+        """`choice` learns what rows cost, and may keep some here that replicas would compute; without `may_inline`
+        none ever are.
+        """
         self.calls: collections.Counter[tuple[int, int, str]] = collections.Counter()
         """(layer, expert, path) -> calls; path is ``replica``, ``inline``, ``retry`` or ``hedge``."""
+        self.layer_times = LayerTimes()
         self._fleet = fleet
         self._inline = inline
         self._experts = experts
@@ -66,15 +71,24 @@ class Dispatcher:
         self._may_inline = may_inline
         self._times = times or StepTimes()
         self._stopped = False
+        self._next: Callable[[], None] | None = None
         self._arena: Arena | None = None
         self._seq = itertools.count(1)
-        self._turns = itertools.count(1)
+        self._turns: collections.Counter[int] = collections.Counter()
 
     def __call__(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Run ``hidden [T, H]`` through the experts ``top_k_index [T, K]`` and sum them by ``top_k_weights [T, K]``."""
-        self._times.start()
+        self._take_over()
+        started = self._times.start()
+        summed = self._summed(layer, hidden, top_k_index, top_k_weights)
+        self.layer_times.observe(time.perf_counter() - started)
+        return summed
+
+    def _summed(
+        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         if self._may_inline and not self._fleet.table.links:
             summed = self._mixture(layer, hidden, top_k_index, top_k_weights)
             if summed is not None:
@@ -84,6 +98,22 @@ class Dispatcher:
         self._times.end("combine")
         return summed
 
+    def use(
+        self, inline: Inline, min_rows: int, deadline_s: float, *, choice: InlineChoice | None, may_inline: bool
+    ) -> None:
+        """Go on with other settings from the next layer on; any thread may call it."""
+
+        def change() -> None:
+            self._inline, self._min_rows, self._deadline_s = inline, min_rows, deadline_s
+            self._choice, self._may_inline = choice, may_inline
+
+        self._next = change
+
+    def _take_over(self) -> None:
+        if self._next is not None:
+            change, self._next = self._next, None
+            change()
+
     def _mixture(
         self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor | None:
@@ -91,40 +121,48 @@ class Dispatcher:
         self._times.end("dispatch")
         summed = self._inline.mixture(layer, hidden, index, weights)
         if summed is not None:
-            self._times.end("inline")
-            for expert in np.unique(index.numpy()).tolist():
-                self.calls[layer, expert, "inline"] += 1
+            spent = self._times.end("inline")
+            rows = collections.Counter(index.flatten().tolist())
+            parts = [Part(expert, 0, count) for expert, count in rows.items()]
+            self._count(layer, parts, "inline")
+            if self._choice is not None:
+                self._choice.was_here(parts, spent)
         return summed
 
     def _rows(self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the experts make of the rows, before the sum, and where in it the k-th of row t is: at ``t * K + k``."""
-        top_k = top_k_index.shape[1]
-        choice = top_k_index.reshape(-1).cpu().numpy()
+        index = top_k_index.cpu()
+        choice = index.numpy().reshape(-1)
         counts = np.bincount(choice, minlength=self._experts).tolist()
         remote, inline = self._assign(layer, counts, frozenset())
         if remote and self._choice is not None and self._choice.here([parts for _, parts in remote], inline):
-            remote, inline = assign(counts, lambda expert: (), self._min_rows, 0)
-        if not remote and len(hidden) == 1:
-            return self._single_row(layer, hidden, choice.tolist()), torch.arange(top_k)
-        order = np.argsort(choice, kind="stable")
-        if not remote:
-            sorted_rows, laid = self._all_inline(layer, hidden, order // top_k, inline), np.arange(len(order))
-        else:
-            batch = _Batch(layer, hidden, order // top_k, counts)
-            sorted_rows, laid = self._run(batch, "replica", frozenset(), remote, inline)
-        place = np.empty_like(order)
-        place[order[laid]] = np.arange(len(order))
-        return sorted_rows, torch.from_numpy(place)
+            remote, inline = assign(counts, lambda expert: _NOBODY, self._min_rows, 0)
+        if remote:
+            return self._run(_Batch(layer, hidden, index), "replica", frozenset(), remote, inline)
+        if len(hidden) == 1:
+            return self._single_row(layer, hidden, choice.tolist()), torch.arange(len(choice))
+        rows = hidden.new_empty(len(choice), hidden.shape[1])  # without replicas rows need no shared memory
+        places = lay_out(hidden, index, inline, rows)
+        return self._inline_rows(layer, rows, inline), places
 
     def _assign(
         self, layer: int, counts: list[int], avoid: frozenset[str]
     ) -> tuple[list[tuple[Link, list[Part]]], list[Part]]:
         table = self._fleet.table
-        remote, inline = assign(counts, lambda e: _usable(table, layer, e, avoid), self._min_rows, next(self._turns))
+        self._turns[layer] += 1
+        remote, inline = self._shared(table, counts, lambda e: _usable(table, layer, e, avoid), self._turns[layer])
         if inline and not self._may_inline:
             self._wait_for_replicas(layer, inline)
+            self._take_over()
             return self._assign(layer, counts, frozenset())
         return remote, inline
+
+    def _shared(
+        self, table: DispatchTable, counts: list[int], holders: Callable[[int], Holders[Link]], turn: int
+    ) -> tuple[list[tuple[Link, list[Part]]], list[Part]]:
+        if table.levelled:
+            return assign_levelled(counts, holders, lambda link: link.pace(self._min_rows), turn)
+        return assign(counts, holders, self._min_rows, turn)
 
     def _wait_for_replicas(self, layer: int, parts: list[Part]) -> None:
         """Return when replicas came or went; raise NoReplicaError when this gateway ends."""
@@ -136,11 +174,6 @@ class Dispatcher:
         """One row needs no sorting: each of its experts reads it where it is."""
         return self._inline_rows(layer, hidden.expand(len(experts), -1), [Part(e, 0, 1) for e in experts])
 
-    def _all_inline(self, layer: int, hidden: torch.Tensor, source: _Index, parts: list[Part]) -> torch.Tensor:
-        """Without replicas rows need no shared memory."""
-        index = torch.from_numpy(source).to(hidden.device)
-        return self._inline_rows(layer, hidden.index_select(0, index), parts)
-
     def stop_waiting(self) -> None:
         """Let a step that waits for replicas fail; any thread may call it."""
         self._stopped = True
@@ -151,18 +184,18 @@ class Dispatcher:
 
     def _run(
         self, batch: _Batch, path: str, avoid: frozenset[str], remote: list[tuple[Link, list[Part]]], inline: list[Part]
-    ) -> tuple[torch.Tensor, _Index]:
-        """Compute every row of `batch` on the replicas of `remote`, and `inline`; return the answers and their order.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute every row of `batch` on the replicas of `remote`, and `inline`; return the answers and their places.
 
-        ``answers[i]`` belongs to the batch's row ``laid[i]``: rows are laid out target by target, so that each target
-        finds its own side by side and one gather serves all.
+        Rows are laid out target by target, so that each finds its own side by side: the k-th answer of the batch's row
+        t is ``answers[places[t * K + k]]``.
         """
         turn = next(self._seq)
-        targets = [parts for _, parts in remote] + [inline]
-        laid = np.concatenate([np.arange(p.start, p.start + p.rows) for parts in targets for p in parts])
-        arena = self._arena_for(len(laid) * batch.row_bytes)
-        rows = arena.rows(0, len(laid), batch.width, batch.dtype)
-        batch.gather(laid, rows)
+        total = batch.index.numel()
+        arena = self._arena_for(total * batch.row_bytes)
+        rows = arena.rows(0, total, batch.width, batch.dtype)
+        targets = itertools.chain(*(parts for _, parts in remote), inline)
+        places = lay_out(batch.hidden, batch.index, list(targets), rows)
         calls, start = [], 0
         for link, parts in remote:
             segments = tuple((p.expert, p.rows) for p in parts)
@@ -171,7 +204,7 @@ class Dispatcher:
             start += calls[-1][1].rows
             self._count(batch.layer, parts, path)
         failed = self._send(calls)
-        results = arena.results(0, len(laid), batch.width, batch.dtype)
+        results = arena.results(0, total, batch.width, batch.dtype)
         if inline:
             results[start:] = self._inline_rows(batch.layer, rows[start:], inline)
         self._times.end("dispatch")
@@ -179,26 +212,32 @@ class Dispatcher:
         spent = self._times.end("wait")
         if self._choice is not None and not inline:
             self._choice.was_there([parts for _, parts in remote], spent)
-        return (self._run_again(batch.layer, failed, rows, results, avoid) if failed else results), laid
+        return (self._run_again(batch.layer, failed, rows, results, avoid) if failed else results), places
 
     def _send(self, calls: list[_Sent]) -> list[_Sent]:
-        """Send all calls; return those whose replica is gone.
+        """Send all calls; return those whose replica is gone."""
+        outcomes = exchange.send([(link.channel, call) for link, call in calls])
+        return self._lost(calls, outcomes)
 
-        All frames are made before the first is sent: from then on the replicas want the cores for themselves.
-        """
-        frames = [link.channel.pack(call) for link, call in calls]
-        failed = []
-        for (link, call), frame in zip(calls, frames, strict=True):
-            try:
-                link.channel.send(call, frame)
-            except OSError as error:
-                self._fleet.drop(link, str(error))
-                failed.append((link, call))
-        return failed
+    def _collect(self, calls: list[_Sent]) -> list[_Sent]:
+        """Wait for all answers; return the calls that got none."""
+        patience = [link.deadline(self._deadline_s) for link, _ in calls]
+        outcomes = exchange.receive([link.channel for link, _ in calls], patience)
+        for (link, _), outcome in zip(calls, outcomes, strict=True):
+            if isinstance(outcome, float):
+                link.observe(outcome)
+        return self._lost(calls, outcomes)
+
+    def _lost(self, calls: list[_Sent], outcomes: Sequence[exchange.Outcome | None]) -> list[_Sent]:
+        """Forget the replicas that failed; return their calls."""
+        lost = []
+        for (link, call), outcome in zip(calls, outcomes, strict=True):
+            if isinstance(outcome, str):
+                self._fleet.drop(link, outcome)
+                lost.append((link, call))
+        return lost
 
     def _inline_rows(self, layer: int, rows: torch.Tensor, parts: list[Part]) -> torch.Tensor:
-        for expert in {p.expert for p in parts} - self._inline.loaded:
-            self._inline.load(expert)
         self._count(layer, parts, "inline")
         self._times.end("dispatch")
         results = torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -207,25 +246,6 @@ class Dispatcher:
         if self._choice is not None:
             self._choice.was_here(parts, spent)
         return results
-
-    def _collect(self, calls: list[_Sent]) -> list[_Sent]:
-        """Wait for all answers; return the calls that got none.
-
-        The last to be sent is waited for first: when it is there the others mostly are too, and the replicas have not
-        been interrupted by this thread waking up for each of them.
-        """
-        started = time.perf_counter()
-        failed = []
-        for link, call in reversed(calls):
-            patience = link.deadline(self._deadline_s) - (time.perf_counter() - started)
-            try:
-                link.channel.receive(max(patience, _LEAST_PATIENCE_S))
-            except (OSError, CallRefusedError) as error:
-                self._fleet.drop(link, str(error) or type(error).__name__)
-                failed.append((link, call))
-            else:
-                link.observe(time.perf_counter() - started)
-        return failed
 
     def _run_again(
         self, layer: int, failed: list[_Sent], rows: torch.Tensor, results: torch.Tensor, avoid: frozenset[str]
@@ -240,9 +260,10 @@ class Dispatcher:
             counts = [0] * self._experts
             for expert, count in call.segments:
                 counts[expert] += count
-            batch = _Batch(layer, mine, np.arange(call.rows), counts)
-            again, laid = self._run(batch, "retry", avoid, *self._assign(layer, counts, avoid))
-            results[start + torch.from_numpy(laid)] = again
+            index = torch.tensor([expert for expert, count in call.segments for _ in range(count)])[:, None]
+            batch = _Batch(layer, mine, index)
+            again, places = self._run(batch, "retry", avoid, *self._assign(layer, counts, avoid))
+            results[start : start + call.rows] = again[places]
         return results
 
     def _count(self, layer: int, parts: list[Part], path: str) -> None:
@@ -261,18 +282,17 @@ class Dispatcher:
         self._arena = arena
 
 
+_NOBODY: Holders[Link] = Holders.of([])
 _Sent = tuple[Link, Call]
-_Index = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """Rows of one layer in expert order: row i is ``hidden[source[i]]``, the first ``counts[0]`` are expert 0's."""
+    """Rows ``hidden [T, H]`` of one layer for the experts ``index [T, K]`` (on the CPU)."""
 
     layer: int
     hidden: torch.Tensor
-    source: _Index
-    counts: list[int]
+    index: torch.Tensor
 
     @property
     def width(self) -> int:
@@ -286,18 +306,10 @@ class _Batch:
     def row_bytes(self) -> int:
         return self.width * self.dtype.itemsize
 
-    def gather(self, laid: _Index, out: torch.Tensor) -> None:
-        """Write the rows named by `laid` to `out` (on the CPU)."""
-        index = torch.from_numpy(self.source[laid])
-        if self.hidden.device.type == "cpu":
-            torch.index_select(self.hidden, 0, index, out=out)
-        else:
-            out.copy_(self.hidden.index_select(0, index.to(self.hidden.device)))
 
-
-def _usable(table: DispatchTable, layer: int, expert: int, avoid: frozenset[str]) -> Sequence[Link]:
-    links = table.copies(layer, expert)
-    return [link for link in links if link.entry.id not in avoid] if avoid else links
+def _usable(table: DispatchTable, layer: int, expert: int, avoid: frozenset[str]) -> Holders[Link]:
+    holders = table.holders(layer, expert)
+    return holders.only(lambda link: link.entry.id not in avoid) if avoid else holders
 
 
 def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

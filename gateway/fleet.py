@@ -1,86 +1,39 @@
-"""The replicas this gateway can reach: follows the directory, keeps a channel to each, publishes the dispatch table.
+"""The replicas this gateway can reach: follows directory and plan, keeps a channel to each, publishes the table.
 
-Connecting happens in the background; the engine's thread only ever reads the finished table.
+Connecting happens in the background; the engine's thread only ever reads the finished table. A link that left it is
+closed by whoever lets go of it last: the engine's thread, when a call of its own is under way.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import statistics
 import threading
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from experts.wire.channel import Channel
 from experts.wire.sockets import host_id
+from gateway.table import DispatchTable, Link
+from placement.cost import Speed
 from recovery.directory import Directory, ReplicaEntry
 from recovery.lease import Watcher
+from recovery.plans import LatestPlan
 
 log = logging.getLogger(__name__)
 
 _CONNECT_S = 5.0
-_LATENCY_DECAY = 0.2
-_DEADLINE_FACTOR = 20.0
-_DEADLINE_FLOOR_S = 0.5
-
-
-@dataclasses.dataclass(eq=False)
-class Link:
-    """A replica and the channel to it. `latency` is the running mean of its calls in seconds."""
-
-    entry: ReplicaEntry
-    channel: Channel
-    latency: float | None = None
-
-    def observe(self, seconds: float) -> None:
-        """Take one call's duration into the running mean."""
-        before = seconds if self.latency is None else self.latency
-        self.latency = before + _LATENCY_DECAY * (seconds - before)
-
-    def deadline(self, limit: float) -> float:
-        """Seconds after which a call counts as lost: a multiple of this replica's own latency, at most `limit`."""
-        if self.latency is None:
-            return limit
-        return min(limit, max(_DEADLINE_FLOOR_S, _DEADLINE_FACTOR * self.latency))
-
-
-@dataclasses.dataclass(frozen=True)
-class DispatchTable:
-    """Immutable: links by id, and for each slice (layer, expert) the links that serve it."""
-
-    links: Mapping[str, Link]
-    slices: Mapping[tuple[int, int], tuple[Link, ...]]
-
-    @classmethod
-    def of(cls, links: Mapping[str, Link]) -> DispatchTable:
-        """The table of these links."""
-        slices: dict[tuple[int, int], list[Link]] = {}
-        for _, link in sorted(links.items()):
-            for expert in link.entry.experts:
-                for layer in link.entry.layers:
-                    slices.setdefault((layer, expert), []).append(link)
-        return cls(dict(links), {key: tuple(value) for key, value in slices.items()})
-
-    def copies(self, layer: int, expert: int) -> tuple[Link, ...]:
-        """The links that serve a slice; none: it runs inline."""
-        return self.slices.get((layer, expert), ())
 
 
 class Fleet:
-    """Keeps `table` true to the directory until closed. `changed(table)` is called in the background."""
+    """Keeps `table` true to directory and plan until closed."""
 
-    def __init__(
-        self,
-        directory: Directory,
-        secret: bytes,
-        fingerprint: str,
-        changed: Callable[[DispatchTable], None] = lambda table: None,
-    ) -> None:
+    def __init__(self, directory: Directory, secret: bytes, fingerprint: str) -> None:
         self.table = DispatchTable({}, {})
         self._directory = directory
         self._secret = secret
         self._fingerprint = fingerprint
-        self._changed = changed
+        self._plans = LatestPlan(directory)
+        self._listed: dict[str, ReplicaEntry] = {}
         self._host = host_id()
         self._lock = threading.Condition()
         self._connecting: set[str] = set()
@@ -102,18 +55,35 @@ class Fleet:
         """Forget a replica that failed; it is tried again while the directory lists it."""
         log.warning("replica %s of %s is lost (%s): its rows run elsewhere", link.entry.id, link.entry.unit, reason)
         link.channel.close()
-        self._update(lambda links: links.pop(link.entry.id, None) if links.get(link.entry.id) is link else None)
+        with self._lock:
+            if self.table.links.get(link.entry.id) is link:
+                self._publish({name: each for name, each in self.table.links.items() if each is not link})
 
     def wait(self, timeout_s: float) -> None:
         """Return when the table has changed, or after `timeout_s`."""
         with self._lock:
             self._lock.wait(timeout_s)
 
+    def speed(self) -> Speed | None:
+        """That of an ordinary replica, as they say themselves; None while none does."""
+        known = [(e.read_s, e.row_s) for e in self._listed.values() if e.read_s is not None and e.row_s is not None]
+        if not known:
+            return None
+        reads, rows = zip(*known, strict=True)
+        return Speed(statistics.median(reads), statistics.median(rows))
+
     def _refresh(self) -> None:
-        listed = {entry.id: entry for entry in self._directory.replicas()}
-        if self.table.links.keys() - listed.keys():
-            self._update(lambda links: [links.pop(name) for name in links.keys() - listed.keys()])
+        stale = self._plans.refresh()
+        listed = {entry.id: entry for entry in self._directory.replicas() if not entry.draining}
         with self._lock:
+            self._listed = listed
+            links = {name: link for name, link in self.table.links.items() if name in listed}
+            stale |= len(links) < len(self.table.links)
+            for name, link in links.items():
+                stale |= link.entry.slices != listed[name].slices
+                link.entry = listed[name]
+            if stale:
+                self._publish(links)
             new = [e for e in listed.values() if e.id not in self.table.links and e.id not in self._connecting]
             self._connecting.update(entry.id for entry in new)
         for entry in new:
@@ -125,10 +95,18 @@ class Fleet:
         except OSError as error:
             log.info("replica %s of %s can't be reached: %s", entry.id, entry.unit, error)
         else:
-            self._update(lambda links: links.update({entry.id: Link(entry, channel)}))
+            self._add(entry.id, channel)
         finally:
             with self._lock:
                 self._connecting.discard(entry.id)
+
+    def _add(self, name: str, channel: Channel) -> None:
+        with self._lock:
+            entry = self._listed.get(name)  # it may have changed meanwhile, or be gone
+            if entry is None:
+                channel.close()
+            else:
+                self._publish({**self.table.links, name: Link(entry, channel)})
 
     def _address(self, entry: ReplicaEntry) -> str:
         near = entry.host == self._host
@@ -137,10 +115,7 @@ class Fleet:
                 return address
         raise OSError(f"no address of {entry.addresses} can be reached from this host")
 
-    def _update(self, change: Callable[[dict[str, Link]], object]) -> None:
-        with self._lock:
-            links = dict(self.table.links)
-            change(links)
-            self.table = DispatchTable.of(links)
-            self._changed(self.table)
-            self._lock.notify_all()
+    def _publish(self, links: dict[str, Link]) -> None:
+        """With the lock held: swap the table."""
+        self.table = DispatchTable.of(links, self._plans.plan)
+        self._lock.notify_all()

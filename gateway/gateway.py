@@ -5,28 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
-import threading
 import time
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import redis
 import torch
 
 from experts import kernels
 from experts.families import moe_modules
-from experts.ffn import ExpertFFN
-from experts.store import ExpertStore, Manifest
+from experts.store import ExpertStore
 from experts.wire.sockets import host_id
 from gateway import compilation
 from gateway.compilation import Compilation
 from gateway.dispatch import Dispatcher
 from gateway.engine import Engine, EngineSettings
-from gateway.fleet import DispatchTable, Fleet
+from gateway.fleet import Fleet
 from gateway.grammar import Grammars
-from gateway.inline_choice import InlineChoice
+from gateway.inline_mode import InlineMode
 from gateway.link.server import GatewayServer
 from gateway.load_feed import LoadFeed
 from gateway.look_ahead import Gates
@@ -37,13 +35,15 @@ from gateway.routing_log import RoutingLog
 from gateway.routing_packer import RoutingPacker
 from gateway.step_times import StepTimes
 from placement import plan
-from placement.cost import Speed
 from placement.plan import Plan
 from placement.policy import GatewayPolicy, Policy
+from placement.policy.bounds import unit_bounds
+from placement.policy.fitting import ModelFacts
 from placement.unit import Unit, make_units
 from predictor.shape import ModelShape
 from recovery.directory import START_S, Directory, GatewayEntry
 from recovery.lease import Lease
+from recovery.policies import PolicyReader, start_policy
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ class Gateway:
         self._engine = Engine(
             model, _settings(self._policy.gateway), grammars=grammars, times=self._times, routing=self._routing
         )
+        self._policies = self._follow_policy()
         self._server = await self._exits.enter_async_context(
             GatewayServer(
                 self._engine,
@@ -119,14 +120,12 @@ class Gateway:
             )
         )
         self._exits.push_async_callback(self._finish_sequences)
-        self._exits.enter_context(Lease(self._directory, self._entry()))
+        self._exits.enter_context(Lease(self._directory, self._entry(), self._figures))
         starting = asyncio.create_task(self._start_experts(), name="start-experts")
         self._exits.callback(starting.cancel)
         self._exits.callback(self._dispatcher.stop_waiting)
-        if self._policy.gateway.inline == "prefer":
-            loading = threading.Thread(target=self._load_experts, name="load-experts", daemon=True)
-            loading.start()
-            self._exits.push_async_callback(asyncio.to_thread, loading.join)
+        self._inline.load()
+        self._exits.push_async_callback(asyncio.to_thread, self._inline.close)
         if self._routing is not None:
             feeding = asyncio.create_task(self._feed_load(self._routing), name="feed-load")
             self._exits.callback(feeding.cancel)
@@ -154,11 +153,6 @@ class Gateway:
             record=None if self._record is None else str(self._record),
         )
 
-    def _load_experts(self) -> None:
-        """Before they are asked for: packing an expert takes as long as reading it."""
-        for expert in range(self._store.manifest.num_experts):
-            self._inline.load(expert)
-
     def _prepare(self) -> None:
         """First thing in the engine's thread: what belongs to a thread, and compiled layers of an earlier start."""
         self._model.threads = self._policy.gateway.threads or os.cpu_count() or 1
@@ -180,10 +174,9 @@ class Gateway:
 
     async def _start_experts(self) -> None:
         """Publish the first plan, not at once: starting replicas would take the cores from the first request."""
-        start = {unit.name: self._policy.experts.replicas for unit in self._units}
-        first = Plan(epoch=1, replicas=start, reason="experts.replicas of the policy")
         while True:
             await asyncio.sleep(_HEAD_START_S)
+            first = self._unplanned(epoch=1)
             try:
                 await asyncio.to_thread(self._directory.publish, plan.DOCUMENT, plan.encode(first), only_first=True)
             except (redis.RedisError, OSError) as error:
@@ -201,21 +194,43 @@ class Gateway:
         while self._engine.has_work and time.monotonic() < deadline:
             await asyncio.sleep(_FINISH_POLL_S)
 
+    def _follow_policy(self) -> PolicyReader:
+        """From now on do what an operator applies; what was applied before this gateway started comes first."""
+        manifest = self._store.manifest
+        model = ModelFacts(
+            name=self._store.path.name, experts=manifest.num_experts, layers=manifest.moe_layers,
+            slice_bytes=manifest.slice_bytes,
+        )  # fmt: skip
+        start_policy(self._directory, self._policy, model, keep=True)
+        return self._exits.enter_context(PolicyReader(self._directory, self._use))
+
+    def _use(self, policy: Policy) -> None:
+        """Take over what can change without a restart; in the reader's thread."""
+        before, self._policy = self._policy, policy
+        self._engine.scheduler.hold(policy.gateway.max_waiting)
+        self._inline.use(policy, self._dispatcher)
+        if before.experts.replicas != policy.experts.replicas and not policy.planned:
+            document = self._directory.read(plan.DOCUMENT)
+            if document is not None:
+                changed = self._unplanned(epoch=plan.decode(document).epoch + 1)
+                self._directory.publish(plan.DOCUMENT, plan.encode(changed))
+
+    def _unplanned(self, epoch: int) -> Plan:
+        """The plan before, or without, a planner."""
+        count = self._policy.experts.replicas
+        replicas = {unit.name: unit_bounds(self._policy, unit).clamp(count) for unit in self._units}
+        return Plan(epoch=epoch, replicas=replicas, reason="experts.replicas of the policy", made_at=time.time())
+
     def _connect(self, secret: bytes) -> Dispatcher:
-        """The dispatcher with the fleet it uses; an expert's inline copy is unmapped once replicas cover it."""
+        """The dispatcher with the fleet it uses, and what the gateway computes itself."""
         manifest, policy = self._store.manifest, self._policy
-        prefer = policy.gateway.inline == "prefer"
-        inline = self._inline = ExpertFFN(self._store, _device(policy.gateway.device) if prefer else "cpu", fast=prefer)
-
-        def changed(table: DispatchTable) -> None:
-            if not prefer:
-                _release(inline, table, manifest)
-
-        fleet = self._exits.enter_context(Fleet(self._directory, secret, manifest.fingerprint, changed))
+        inline = self._inline = InlineMode(self._store, policy, _device(policy.gateway.device))
+        self._fleet = self._exits.enter_context(Fleet(self._directory, secret, manifest.fingerprint))
         dispatcher = Dispatcher(
-            fleet, inline, manifest.num_experts, policy.experts.min_rows_per_replica, policy.gateway.call_deadline_s,
-            choice=InlineChoice(_speed(manifest)) if prefer else None,
-            may_inline=policy.gateway.inline != "never",
+            self._fleet, inline.experts, manifest.num_experts, policy.experts.min_rows_per_replica,
+            policy.gateway.call_deadline_s,
+            choice=inline.costs,
+            may_inline=inline.may_compute,
             times=self._times,
         )  # fmt: skip
         self._exits.callback(dispatcher.close)
@@ -231,6 +246,21 @@ class Gateway:
             fingerprint=self._store.manifest.fingerprint,
         )
 
+    def _figures(self, entry: GatewayEntry) -> GatewayEntry:
+        """What was learned and counted since; also a moment to tidy up, once a second and beside the engine."""
+        costs, experts = self._inline.costs, self._inline.experts
+        experts.tidy()
+        costs.replicas = self._fleet.speed() or costs.replicas
+        inline, call = costs.inline.speed, costs.call
+        return msgspec.structs.replace(
+            entry,
+            inline_read_s=None if inline is None else inline.read_s,
+            inline_row_s=None if inline is None else inline.row_s,
+            call_s=call.seconds if call.seen else None,
+            inline_rows=experts.rows,
+            inline_bytes=experts.resident_bytes,
+        )
+
     def _status(self, query_id: int) -> GatewayStatus:
         pool, scheduler = self._engine.pool, self._engine.scheduler
         return GatewayStatus(
@@ -241,12 +271,17 @@ class Gateway:
             kv_blocks_used=pool.used,
             kv_blocks_total=pool.total,
             expert_calls=_by_unit(self._units, dict(self._dispatcher.calls)),
+            inline_rows=self._inline.experts.rows,
+            inline_bytes=self._inline.experts.resident_bytes,
             preemptions=scheduler.preemptions,
             prefix_cache_queries=scheduler.prefix_queries,
             prefix_cache_hits=scheduler.prefix_hits,
             steps=self._times.steps,
             step_seconds=dict(self._times.seconds),
+            layer_counts=list(self._dispatcher.layer_times.counts),
+            layer_seconds=self._dispatcher.layer_times.seconds,
             compiled_layers=self._model.compiled,
+            policy_version=self._policies.version,
             load_steps_dropped=0 if self._routing is None else self._routing.dropped,
         )
 
@@ -261,21 +296,10 @@ def _settings(policy: GatewayPolicy) -> EngineSettings:
     )
 
 
-def _speed(manifest: Manifest) -> Speed:
-    numbers = sum(math.prod(shape) for shape in manifest.expert_params.values())
-    return Speed.of(numbers * getattr(torch, manifest.dtype).itemsize, numbers)
-
-
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
-
-
-def _release(inline: ExpertFFN, table: DispatchTable, manifest: Manifest) -> None:
-    for expert in inline.loaded:
-        if all(table.copies(layer, expert) for layer in manifest.moe_layers):
-            inline.unload(expert)
 
 
 def _by_unit(units: list[Unit], calls: dict[tuple[int, int, str], int]) -> dict[str, dict[str, int]]:

@@ -1,43 +1,51 @@
-"""Whether a layer's rows are computed by the gateway although replicas would: the policy `gateway.inline: prefer`."""
+"""What rows cost here and over the wire, as learned from every layer, and which of them is cheaper."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from gateway.assignment import Part
-from placement.cost import Pace, Speed
+from placement.cost import CallFit, Speed, SpeedFit
 
 _CALL_S = 0.0005
 """A frame there and back, two wake-ups."""
 
 
 class InlineChoice:
-    """Compares both ways by the cost model, and learns from every layer how wrong that is."""
+    """Learns both costs; with `prefer` (the policy `gateway.inline: prefer`) it chooses between them.
 
-    def __init__(self, speed: Speed) -> None:
-        self._speed = speed
-        self._here, self._there = Pace(), Pace()
+    Called by the engine's thread; others may read what was learned.
+    """
+
+    def __init__(self, speed: Speed, *, prefer: bool = True) -> None:
+        """`speed` is believed in until something was measured."""
+        self.inline = SpeedFit(speed)
+        self.call = CallFit(_CALL_S)
+        self.replicas = speed
+        """That of the replicas; whoever knows better sets it."""
+        self._prior = speed
+        self._prefer = prefer
 
     def here(self, remote: Sequence[Sequence[Part]], inline: Sequence[Part]) -> bool:
         """Whether it is faster to compute all parts here than to send those of each replica there."""
+        if not self._prefer:
+            return False
         everything = [part for parts in remote for part in parts] + list(inline)
-        here = self._here.factor * self._inline_s(everything)
-        there = self._there.factor * self._remote_s(remote) + self._here.factor * self._inline_s(inline)
-        if here <= there:
-            self._there.forget()
+        if self._inline_s(everything) <= self.call.seconds + self._remote_s(remote) + self._inline_s(inline):
+            self.call.forget()
             return True
         return False
 
     def was_here(self, parts: Sequence[Part], seconds: float) -> None:
         """What computing `parts` took."""
-        self._here.observe(self._inline_s(parts), seconds)
+        self.inline.observe([part.rows for part in parts], seconds)
 
     def was_there(self, remote: Sequence[Sequence[Part]], seconds: float) -> None:
         """What calls to replicas took, the slowest included."""
-        self._there.observe(self._remote_s(remote), seconds)
+        self.call.observe(self._remote_s(remote), seconds)
 
     def _inline_s(self, parts: Sequence[Part]) -> float:
-        return self._speed.seconds(part.rows for part in parts)
+        return (self.inline.speed or self._prior).seconds(part.rows for part in parts)
 
     def _remote_s(self, remote: Sequence[Sequence[Part]]) -> float:
-        return _CALL_S + max((self._inline_s(parts) for parts in remote), default=0.0)
+        return max((self.replicas.seconds(part.rows for part in parts) for parts in remote), default=0.0)

@@ -14,10 +14,10 @@ from typing import Any, Protocol, cast
 import torch
 
 _library: Any = torch.library.Library("evermoe", "DEF")  # type: ignore[no-untyped-call]
-_library.define("linear(Tensor rows, Tensor layer, int slot, int out) -> Tensor")
-_library.define(
-    "attend(Tensor query, Tensor keys, Tensor? values, Tensor layer, float scaling, Tensor? sinks, int width) -> Tensor"
-)
+_LINEAR = "(Tensor rows, Tensor layer, int slot, int out) -> Tensor"
+_ATTEND = "(Tensor query, Tensor keys, Tensor? values, Tensor layer, float scaling, Tensor? sinks, int width) -> Tensor"
+_library.define("linear" + _LINEAR)
+_library.define("attend" + _ATTEND)
 _library.define("experts(Tensor hidden, Tensor index, Tensor weights, Tensor layer) -> Tensor")
 
 
@@ -102,8 +102,11 @@ def _experts(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, l
     return _callbacks().experts(int(layer), hidden, index, weights)
 
 
-_library.impl("linear", _linear, "CPU")
-_library.impl("attend", _attend, "CPU")
+# Where our kernels are loaded they answer what they were told of, and ask for the rest under its second name.
+for _name, _schema, _answer in (("linear", _LINEAR, _linear), ("attend", _ATTEND, _attend)):
+    _library.impl(_name, _answer, "CompositeExplicitAutograd")
+    _library.define(f"{_name}_in_python{_schema}")
+    _library.impl(f"{_name}_in_python", _answer, "CPU")
 _library.impl("experts", _experts, "CPU")
 
 

@@ -166,10 +166,19 @@ class GatewayStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Steps of the engine since its start."""
     step_seconds: dict[str, float] = {}
     """What they spent by phase (see `gateway.step_times`)."""
+    layer_counts: list[int] = []
+    """MoE layers by how long they took (see `gateway.layer_times`), all layers together ..."""
+    layer_seconds: float = 0.0
+    """... and the sum."""
+    policy_version: int = 0
+    """Of the policy it goes by (see `placement.policy.published`)."""
     compiled_layers: int = 0
     """Decoder layers that run compiled."""
     load_steps_dropped: int = 0
     """Steps whose routing nobody took in time: the predictor did not hear of them."""
+    inline_rows: int = 0
+    """Rows of experts that the gateway computed itself, and the bytes of expert weights it holds for that."""
+    inline_bytes: int = 0
     preemptions: int = 0
     prefix_cache_queries: int = 0
     """Tokens that were looked for in the cache, and of these ``prefix_cache_hits`` were found."""

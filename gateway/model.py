@@ -108,7 +108,7 @@ class GatewayModel:
         self, token_ids: torch.Tensor, positions: torch.Tensor, sample_rows: torch.Tensor, attention: Attending
     ) -> torch.Tensor:
         self.calls.step = attention
-        with layer_ops.answering(self.calls):
+        with layer_ops.answering(self.calls), self.calls.answered_without_python():
             output = self.network(
                 input_ids=token_ids[None],
                 position_ids=positions[None],

@@ -21,7 +21,7 @@ class LayerProduct:
     """A packed matrix; while its layer is traced, the operator that stands for it."""
 
     def __init__(self, matrix: FastMatrix) -> None:
-        self._matrix = matrix
+        self.matrix = matrix
         populate(matrix.weight)
         self.slot = 0
 
@@ -29,8 +29,8 @@ class LayerProduct:
         """Rows `[..., in]` to `[..., out]`."""
         layer = layer_ops.traced_layer()
         if layer is None:
-            return self._matrix(rows)
-        return layer_ops.traced_linear(rows, layer, self.slot, self._matrix.out_features)
+            return self.matrix(rows)
+        return layer_ops.traced_linear(rows, layer, self.slot, self.matrix.out_features)
 
 
 class PackedLinear(nn.Module):

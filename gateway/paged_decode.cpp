@@ -4,6 +4,7 @@
 // A task is one sequence and one key head with the query heads that share it. Sums are fp32.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
@@ -11,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -213,12 +215,70 @@ at::Tensor paged_decode(const at::Tensor& query, const at::Tensor& keys, const a
   return out;
 }
 
+// A step of nothing but decoding rows, as the layers of this thread attend in it; layers without a pool are not known.
+struct Step {
+  at::Tensor slots, tables, lengths;
+  std::vector<at::Tensor> keys, values;
+};
+thread_local Step step;
+
+// Until the next call this thread's layers attend without Python: slots [T] of the new rows, tables [T, W], lengths [T],
+// the pools of each layer.
+void decode_step(const at::Tensor& slots, const at::Tensor& tables, const at::Tensor& lengths, at::TensorList keys,
+                 at::TensorList values) {
+  step = {slots, tables, lengths, keys.vec(), values.vec()};
+}
+
+// Puts rows [Hkv, T, D] into their slots of a pool [Hkv, blocks, block_size, D].
+void store(const at::Tensor& rows, const at::Tensor& slots, const at::Tensor& pool) {
+  const int64_t item = rows.element_size(), bytes = rows.size(2) * item, room = pool.size(1) * pool.size(2);
+  const auto* from = static_cast<const char*>(rows.const_data_ptr());
+  auto* to = static_cast<char*>(pool.mutable_data_ptr());
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < rows.size(1); ++t) {
+    TORCH_CHECK_INDEX(slot[t] >= 0 && slot[t] < room, "there is no slot ", slot[t]);
+    for (int64_t h = 0; h < rows.size(0); ++h)
+      std::memcpy(to + (h * room + slot[t]) * bytes, from + (h * rows.stride(0) + t * rows.stride(1)) * item, bytes);
+  }
+}
+
+bool fits(const at::Tensor& rows, const at::Tensor& pool) {
+  return rows.scalar_type() == pool.scalar_type() && rows.size(0) == pool.size(0) && rows.size(2) == pool.size(3) &&
+         rows.stride(2) == 1 && pool.is_contiguous();
+}
+
+// A compiled layer's attention: see gateway/layer_ops.py, which answers what is not known here.
+at::Tensor attend_layer(const at::Tensor& query, const at::Tensor& keys, const std::optional<at::Tensor>& values,
+                        const at::Tensor& layer, double scaling, const std::optional<at::Tensor>& sinks,
+                        int64_t width) {
+  const int64_t number = *layer.const_data_ptr<int64_t>(), rows = query.size(1);
+  const bool known = number >= 0 && number < static_cast<int64_t>(step.keys.size()) && values && !sinks;
+  if (known && step.slots.numel() == rows && keys.size(1) == rows && values->size(1) == rows &&
+      fits(keys, step.keys[number]) && fits(*values, step.values[number]) && query.stride(2) == 1 &&
+      query.scalar_type() == keys.scalar_type()) {
+    store(keys, step.slots, step.keys[number]);
+    store(*values, step.slots, step.values[number]);
+    return paged_decode(query, step.keys[number], step.values[number], step.tables, step.lengths, scaling, {}, {});
+  }
+  static const auto python =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("evermoe::attend_in_python", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&,
+                            double, const std::optional<at::Tensor>&, int64_t)>();
+  return python.call(query, keys, values, layer, scaling, sinks, width);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(evermoe, library) {
   library.def(
       "paged_decode(Tensor query, Tensor keys, Tensor values, Tensor tables, Tensor lengths, float scale, "
       "Tensor? mask, Tensor? sinks) -> Tensor");
+  library.def(
+      "decode_step(Tensor slots, Tensor tables, Tensor lengths, Tensor[] keys, Tensor[] values) -> ()", &decode_step);
 }
 
-TORCH_LIBRARY_IMPL(evermoe, CPU, library) { library.impl("paged_decode", &paged_decode); }
+TORCH_LIBRARY_IMPL(evermoe, CPU, library) {
+  library.impl("paged_decode", &paged_decode);
+  library.impl("attend", &attend_layer);
+}

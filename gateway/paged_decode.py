@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,8 @@ from experts import native_code
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _LANES = 16
 """Head dimensions must be a multiple of the widest vector, in numbers."""
+NOTHING = torch.empty(0, 0, 0, 0, dtype=torch.int64)
+"""In place of the pool of a layer that is not the kernel's."""
 _kernel: Callable[..., torch.Tensor] | None = None
 """Set once, when it is loaded."""
 
@@ -61,3 +63,23 @@ def paged_decode(
     """
     assert _kernel is not None
     return _kernel(query, keys, values, tables, lengths, scaling, mask, sinks)
+
+
+def answer_attention(
+    slots: torch.Tensor,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+) -> None:
+    """Let compiled layers of this thread attend without Python, in a step of decoding rows only.
+
+    Slots of the new rows [T], block tables [T, W] and lengths [T] (int64), each layer's pools; layers whose pools are
+    `NOTHING` go on asking Python.
+    """
+    torch.ops.evermoe.decode_step.default(slots, tables, lengths, keys, values)
+
+
+def ask_python() -> None:
+    """Let compiled layers of this thread ask Python again."""
+    answer_attention(NOTHING, NOTHING, NOTHING, [], [])

@@ -65,7 +65,7 @@ class Scheduler:
         self.pool = pool
         self.token_budget = token_budget
         self.max_sequences = max_sequences
-        self.capacity = max_sequences + max_waiting
+        self.hold(max_waiting)
         self.prefix_caching = prefix_caching
         self.running: list[Sequence] = []
         """In order of rank, like `waiting`."""
@@ -86,6 +86,10 @@ class Scheduler:
     def full(self) -> bool:
         """Whether there is neither a place in the batch nor one in the queue."""
         return len(self.running) + len(self.waiting) >= self.capacity
+
+    def hold(self, max_waiting: int) -> None:
+        """Let so many wait from now on; who waits already stays. Any thread may call it."""
+        self.capacity = self.max_sequences + max_waiting
 
     def fits(self, length_limit: int) -> bool:
         """Whether a sequence of `length_limit` tokens could ever run (its last token is never computed)."""

@@ -23,9 +23,10 @@ class StepTimes:
         for phase, begin, end in zip(PHASES, marks, marks[1:], strict=False):
             self.seconds[phase] += end - begin
 
-    def start(self) -> None:
-        """The next phase begins now."""
+    def start(self) -> float:
+        """The next phase begins now, which is returned."""
         self._last = time.perf_counter()
+        return self._last
 
     def end(self, phase: str) -> float:
         """Charge `phase` with the time since the last `start` or `end`, and return it."""

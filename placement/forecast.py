@@ -35,10 +35,10 @@ class LoadForecast(msgspec.Struct, frozen=True, kw_only=True):
     made_at: float
     """Seconds since the epoch."""
     horizon_s: float
-    gateway: str
-    """Whose load it is: the gateway that was heard of last."""
+    gateways: list[str]
+    """Whose load it is, the gateway that was heard of last at the end."""
     steps: int
-    """Of that gateway, seen so far."""
+    """Of all of them, seen so far."""
     model: int
     """Version of the trained predictor; 0: none yet, averages with much room above them."""
     trained_steps: int

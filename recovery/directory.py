@@ -37,6 +37,27 @@ class ReplicaEntry(msgspec.Struct, frozen=True, kw_only=True):
     experts: list[int]
     layers: list[int]
     fingerprint: str
+    slices: list[tuple[int, int]] = []
+    """(layer, expert) that are resident and meant to be: rows of them are welcome."""
+    draining: bool = False
+    """Told to go: it answers what is under way and wants nothing more."""
+    device: str = "cpu"
+    """What computes, for people: ``cpu``, ``cuda:0``, ``emulated (2000 rows/s, 1.5 ms)``."""
+    memory_bytes: int = 0
+    """What its slices may take; 0: no bound."""
+    resident_bytes: int = 0
+    """What they take."""
+    read_s: float | None = None
+    """A slice's rows take ``max(read_s, row_s * rows)``, as its own calls have shown; None: too few of them yet."""
+    row_s: float | None = None
+    busy_s: float = 0.0
+    """Time its device spent on calls since the start, their number and that of their rows."""
+    calls: int = 0
+    rows: int = 0
+    misses: int = 0
+    """Segments of slices that were not resident: they were computed all the same."""
+    started_at: float = 0.0
+    """Seconds since the epoch."""
 
 
 class GatewayEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +69,15 @@ class GatewayEntry(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     addresses: list[str]
     fingerprint: str
+    inline_read_s: float | None = None
+    """A slice's rows that it computes itself take ``max(read_s, row_s * rows)``; None: none yet."""
+    inline_row_s: float | None = None
+    call_s: float | None = None
+    """What a layer's calls to replicas take beyond their computing; None: none yet."""
+    inline_rows: int = 0
+    """Rows it computed itself since the start."""
+    inline_bytes: int = 0
+    """Expert weights that it holds itself."""
 
 
 Entry = TypeVar("Entry", ReplicaEntry, GatewayEntry)
@@ -90,8 +120,8 @@ class Directory:
         self._known["secret"] = stored
         return stored
 
-    def put(self, entry: ReplicaEntry | GatewayEntry, *, renewed: bool = False) -> None:
-        """Write or renew the lease of `entry`; readers are told where it is new.
+    def put(self, entry: ReplicaEntry | GatewayEntry, *, announce: bool = False, renewed: bool = False) -> None:
+        """Write or renew the lease of `entry`; readers are told where it is new, or to be announced.
 
         Where one that is `renewed` is new to Redis, Redis was emptied: it is told again what this process knows.
         """
@@ -102,7 +132,7 @@ class Directory:
             added = pipe.execute()[1]
         if added and renewed:
             self._restore()
-        if added:
+        if added or announce:
             self._announce()
 
     def remove(self, entry: ReplicaEntry | GatewayEntry) -> None:
@@ -130,6 +160,23 @@ class Directory:
         else:
             self.read(document)
 
+    def exchange(self, document: str, before: bytes | None, value: bytes) -> bool:
+        """Store a named document where it is still as it was read `before`; whether it was."""
+        key = self._key(document)
+        with self._redis.pipeline() as pipe:
+            try:
+                pipe.watch(key)  # type: ignore[no-untyped-call]
+                if pipe.get(key) != before:
+                    return False
+                pipe.multi()
+                pipe.set(key, value)
+                pipe.execute()
+            except redis.WatchError:
+                return False
+        self._known[document] = value
+        self._announce()
+        return True
+
     def read(self, document: str) -> bytes | None:
         """The named document; None where there is none."""
         value = self._redis.get(self._key(document))
@@ -137,6 +184,10 @@ class Directory:
             return None
         self._known[document] = value
         return value
+
+    def number(self, series: str) -> int:
+        """The next number of a named series, from 0 on."""
+        return self._redis.incr(self._key("number", series)) - 1
 
     def append(self, stream: str, value: bytes, *, keep: int) -> None:
         """Add to a named stream, of which about the last `keep` values are kept."""

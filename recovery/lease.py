@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import redis
 
@@ -17,7 +18,9 @@ from recovery.directory import LEASE_S, Directory, GatewayEntry, ReplicaEntry
 
 log = logging.getLogger(__name__)
 
-_RENEW_S = LEASE_S / 4
+E = TypeVar("E", ReplicaEntry, GatewayEntry)
+
+_RENEW_S = LEASE_S / 5
 _RETRY_S = 0.5
 _STOP_CHECK_S = 0.1
 
@@ -55,25 +58,56 @@ class _Background:
             self._thread.join()
 
 
-class Lease(_Background):
-    """Keeps `entry` in the directory until closed, then gives it back. Raises Redis errors only when entered."""
+class Lease(_Background, Generic[E]):
+    """Keeps an entry in the directory until closed, then gives it back. Raises Redis errors only when entered.
 
-    def __init__(self, directory: Directory, entry: ReplicaEntry | GatewayEntry) -> None:
+    `figures(entry)` is asked before each renewal, in the lease's thread, for what has changed and need not be known at
+    once; `announce` is for what must be.
+    """
+
+    def __init__(self, directory: Directory, entry: E, figures: Callable[[E], E] | None = None) -> None:
         super().__init__("lease")
         self._directory = directory
-        self._entry = entry
+        self._entry: E = entry
+        self._figures: Callable[[E], E] = figures or (lambda entry: entry)
+        self._changing = threading.Lock()
+        self._wake = threading.Event()
 
-    def __enter__(self) -> Lease:
+    @property
+    def entry(self) -> E:
+        """What stands in the directory, or is about to."""
+        return self._entry
+
+    def __enter__(self) -> Lease[E]:
         self._directory.put(self._entry)
         self._thread.start()
         return self
 
+    def announce(self, change: Callable[[E], E]) -> None:
+        """Change the entry and tell all readers; where Redis is down, as soon as it is back."""
+        with self._changing:
+            self._entry = change(self._entry)
+        self._wake.set()
+
     def _work(self) -> None:
-        while not self._stop.wait(_RENEW_S):
-            self._directory.put(self._entry, renewed=True)
+        while not self._stop.is_set():
+            changed = self._wake.wait(_RENEW_S)
+            if self._stop.is_set():
+                return
+            self._wake.clear()
+            with self._changing:
+                self._entry = self._figures(self._entry)
+            try:
+                self._directory.put(self._entry, announce=changed, renewed=True)
+            except (redis.RedisError, OSError):
+                if changed:
+                    self._wake.set()
+                raise
 
     def close(self) -> None:
         """Give the lease back; where Redis is down it runs out by itself."""
+        self._stop.set()
+        self._wake.set()
         super().close()
         try:
             self._directory.remove(self._entry)
@@ -103,4 +137,6 @@ class Watcher(_Background):
                 self._refresh()
                 due = time.monotonic() + self._period
                 while not (wait(_STOP_CHECK_S) or self._stop.is_set() or time.monotonic() >= due):
+                    pass
+                while wait(0.0):  # changes that came together are read together
                     pass

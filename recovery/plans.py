@@ -1,4 +1,4 @@
-"""The plan as a process last saw it: one background reader per application, never a wait."""
+"""The plan as a process last saw it, never a wait."""
 
 from __future__ import annotations
 
@@ -15,21 +15,47 @@ from recovery.lease import Watcher
 log = logging.getLogger(__name__)
 
 
-class PlanReader:
-    """Keeps `plan` (None before the first) up to date; through a Redis that is down it keeps the last."""
+class LatestPlan:
+    """The newest plan that was read: `plan`, None before the first. Older and unreadable ones are ignored."""
 
     def __init__(self, directory: Directory) -> None:
         self.plan: Plan | None = None
         self._directory = directory
+        self._document: bytes | None = None
+
+    def refresh(self) -> bool:
+        """Read the directory; whether there is another plan now. Raises Redis errors."""
+        document = self._directory.read(plan.DOCUMENT)
+        if document is None or document == self._document:
+            return False
+        self._document = document
+        try:
+            found = plan.decode(document)
+        except msgspec.DecodeError as error:
+            log.warning("an unreadable plan is ignored, the last one stays: %s", error)
+            return False
+        if self.plan is not None and found.epoch < self.plan.epoch:
+            log.warning("plan %d is ignored: plan %d is there already", found.epoch, self.plan.epoch)
+            return False
+        self.plan = found
+        return True
+
+
+class PlanReader:
+    """Keeps `plan` (None before the first) up to date in the background; through a Redis that is down it stays."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._latest = LatestPlan(directory)
         self._watcher = Watcher(directory, self._refresh)
         self._watcher.__enter__()
 
+    @property
+    def plan(self) -> Plan | None:
+        """The newest plan."""
+        return self._latest.plan
+
     def _refresh(self) -> None:
-        document = self._directory.read(plan.DOCUMENT)
-        try:
-            self.plan = plan.decode(document) if document is not None else self.plan
-        except msgspec.DecodeError as error:
-            log.warning("an unreadable plan is ignored, the last one stays: %s", error)
+        self._latest.refresh()
 
     def close(self) -> None:
         """Stop reading."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,13 +81,17 @@ class Traffic:
         self,
         texts: Mapping[str, Tokens],
         *,
-        profile: str = "mixed",
+        profile: str | Sequence[Profile] = "mixed",
+        bursts: bool = True,
+        drift: bool = True,
         mix: Mapping[str, float] | None = None,
         requests_per_s: float,
         longest: int,
         seed: int,
     ) -> None:
         """`texts` is one stream of tokens for each kind; `mix` their mean weights (default: equal).
+
+        Without `bursts` arrivals are always calm; without `drift` rate and mix stay what they are on average.
 
         No request is longer than `longest` tokens, prompt and bound of its answer together. Raise ValueError for an
         unknown profile, kinds without text, weights that are none, and a `longest` that leaves no room.
@@ -96,14 +100,17 @@ class Traffic:
         _check(texts, profile, weights, requests_per_s, longest)
         self._texts = {kind: texts[kind] for kind, weight in sorted(weights.items()) if weight > 0}
         self._kinds = list(self._texts)
-        self._profiles = PROFILES[profile]
+        self._profiles = PROFILES[profile] if isinstance(profile, str) else tuple(profile)
         self._rate = requests_per_s
         self._longest = longest
         self._random = np.random.default_rng(seed)
         self._base = np.log([weights[kind] for kind in self._kinds])
-        self._drift = _Wander(self._random, len(self._kinds), _MIX_SPREAD, _MIX_TAU_S)
-        self._tide = _Wander(self._random, 1, _RATE_SPREAD, _RATE_TAU_S)
-        self._phase, self._phase_ends, self._burst_kind = _CALM, self._random.exponential(_CALM.mean_s), -1
+        self._tide_spread = _RATE_SPREAD if drift else 0.0
+        self._drift = _Wander(self._random, len(self._kinds), _MIX_SPREAD if drift else 0.0, _MIX_TAU_S)
+        self._tide = _Wander(self._random, 1, self._tide_spread, _RATE_TAU_S)
+        self._mean_factor = _MEAN_FACTOR if bursts else 1.0
+        first_phase_s = self._random.exponential(_CALM.mean_s)
+        self._phase, self._phase_ends, self._burst_kind = _CALM, first_phase_s if bursts else math.inf, -1
         self._recent: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED)
 
     def __iter__(self) -> Iterator[Request]:
@@ -119,8 +126,8 @@ class Traffic:
 
     def _next_arrival(self, now: float) -> float:
         while True:
-            tide = math.exp(self._tide.at(now)[0] - _RATE_SPREAD**2 / 2)
-            gap = self._random.exponential(_MEAN_FACTOR / (self._rate * self._phase.factor * tide))
+            tide = math.exp(self._tide.at(now)[0] - self._tide_spread**2 / 2)
+            gap = self._random.exponential(self._mean_factor / (self._rate * self._phase.factor * tide))
             if now + gap < self._phase_ends:
                 return now + gap
             now = self._phase_ends
@@ -188,8 +195,14 @@ class _Wander:
         return self._value
 
 
-def _check(texts: Mapping[str, Tokens], profile: str, mix: Mapping[str, float], rate: float, longest: int) -> None:
-    if profile not in PROFILES:
+def _check(
+    texts: Mapping[str, Tokens],
+    profile: str | Sequence[Profile],
+    mix: Mapping[str, float],
+    rate: float,
+    longest: int,
+) -> None:
+    if isinstance(profile, str) and profile not in PROFILES:
         raise ValueError(f"unknown profile '{profile}': choose one of {', '.join(PROFILES)}")
     unknown = next((kind for kind in mix if kind not in texts or not len(texts[kind])), None)
     if unknown is not None:

@@ -9,10 +9,13 @@ import os
 import threading
 from pathlib import Path
 
+import ray
 from ray import serve
 
-from placement.policy import PredictorPolicy
+from deploy.planner.steering import ModelSlices
+from placement.policy import Policy
 from recovery.directory import Directory
+from recovery.policies import PolicyReader
 
 _PRIORITY = 10
 _DELAY_S = 3.0
@@ -22,8 +25,9 @@ _DELAY_S = 3.0
 class PlannerReplica:
     """Serve makes one. Everything it does is between it and Redis: requests never wait for it."""
 
-    def __init__(self, policy: PredictorPolicy, redis_url: str, namespace: str, models: str) -> None:
+    def __init__(self, policy: Policy, model: ModelSlices, redis_url: str, namespace: str, models: str) -> None:
         self._policy = policy
+        self._model = model
         self._directory = Directory(redis_url, namespace)
         self._models = Path(models)
         self._failure: BaseException | None = None
@@ -38,8 +42,10 @@ class PlannerReplica:
         try:
             from deploy.planner.planner import Planner
 
-            self._planner = Planner(self._policy, self._directory, self._models)
+            cores = int(ray.cluster_resources().get("CPU", 1))
+            planner = self._planner = Planner(self._policy, self._model, self._directory, self._models, cores=cores)
             self._planner.start()
+            self._policies = PolicyReader(self._directory, planner.use)
         except BaseException as failure:
             self._failure = failure
             raise
@@ -56,11 +62,15 @@ class PlannerReplica:
         if hasattr(self, "_starting"):
             self._stop.set()
             self._starting.join()
+        if hasattr(self, "_policies"):
+            self._policies.close()
         if hasattr(self, "_planner"):
             self._planner.close()
 
 
-def planner_deployment(policy: PredictorPolicy, redis_url: str, namespace: str, models: str) -> serve.Application:
+def planner_deployment(
+    policy: Policy, model: ModelSlices, redis_url: str, namespace: str, models: str
+) -> serve.Application:
     """The Serve application node of the planner; `models` is where predictors are kept where the policy names none."""
     scaling = {
         "min_replicas": 0,
@@ -80,5 +90,5 @@ def planner_deployment(policy: PredictorPolicy, redis_url: str, namespace: str, 
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=5.0,
     )
-    folder = models if policy.models is None else str(policy.models.resolve())
-    return deployment.bind(policy, redis_url, namespace, folder)
+    folder = models if policy.predictor.models is None else str(policy.predictor.models.resolve())
+    return deployment.bind(policy, model, redis_url, namespace, folder)

@@ -44,6 +44,8 @@ class Follower:
         self._open: deque[_Open] = deque()
         self._time_s = 0.0
         self._forecast_at = -1
+        self.latest: Forecast | None = None
+        """What was last expected: arrays of one moment."""
         self._last: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None = None
         self._errors = np.full(len(shape.layers), np.nan)
         self.use(model)
@@ -69,6 +71,14 @@ class Follower:
         promised = [choice.errors[choice.method] for choice in self._choices()]
         self._drift = DriftWatch(float(np.mean(promised)) if promised else np.inf)
 
+    def look(self, horizon_s: float) -> None:
+        """Forecast so far ahead from now on; forecasts of the other horizon are not judged any more."""
+        self._horizon = Horizon(seconds=horizon_s)
+        self._open.clear()
+        self.latest = self._last = None
+        self._errors[:] = np.nan
+        self.use(self._forecaster.model)
+
     def observe(self, step: LoadStep) -> None:
         """Add a step, and judge the forecasts whose horizons it ends."""
         while self._open and self._open[0].until_s < step.time_s:
@@ -81,7 +91,7 @@ class Follower:
 
     def forecast(self) -> list[LayerForecast]:
         """What is expected now, layer by layer; it is judged later, unless nothing has come since the one before."""
-        forecast = self._forecaster.forecast(self._horizon)
+        forecast = self.latest = self._forecaster.forecast(self._horizon)
         if self.steps and self.steps != self._forecast_at:
             counts = np.zeros((len(self.shape.layers), self.shape.experts), np.int64)
             self._open.append(_Open(forecast, self._time_s + self._horizon.seconds, counts))

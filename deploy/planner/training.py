@@ -62,7 +62,8 @@ class Training:
 
     def __init__(self, models: Path, horizon_s: float) -> None:
         self._models = models
-        self._horizon_s = horizon_s
+        self.horizon_s = horizon_s
+        """The horizon to learn besides the usual ones."""
         self._process: subprocess.Popen[str] | None = None
         self._folder: Path | None = None
 
@@ -82,7 +83,7 @@ class Training:
             "deploy.planner.training",
             str(self._folder),
             str(self._models),
-            str(self._horizon_s),
+            str(self.horizon_s),
         ]
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

@@ -51,6 +51,11 @@ class Arena:
             raise FrameError("an arena of another size than announced, or not sealed")
         return cls(fd, size, ident)
 
+    @property
+    def memory(self) -> torch.Tensor:
+        """Both areas, as bytes."""
+        return self._numbers[torch.float32].view(torch.uint8)
+
     def rows(self, offset: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """A [rows, width] view at `offset` bytes of the rows area; raise FrameError where it does not fit."""
         return self._view(offset, rows, width, dtype, 0)

@@ -54,8 +54,9 @@ class Channel:
     def __init__(self, sock: socket.socket, address: str) -> None:
         self.address = address
         self.outstanding: Call | None = None
+        self.shares_memory = sock.family == socket.AF_UNIX
+        """Whether rows lie in an arena; otherwise they travel with the frames."""
         self._sock = sock
-        self._shares_memory = sock.family == socket.AF_UNIX
         self._attached = 0
         self._header = bytearray(frame.HEADER.size)
 
@@ -70,37 +71,47 @@ class Channel:
             raise
         return cls(sock, address)
 
+    def fileno(self) -> int:
+        """The connection's descriptor; -1 once it is closed."""
+        return self._sock.fileno()
+
+    def has(self, arena: Arena) -> bool:
+        """Whether the replica knows `arena`: then a call in it is its frame and nothing else."""
+        return self.shares_memory and self._attached == arena.id
+
     def pack(self, call: Call) -> bytes:
         """The frame of `call` on this channel."""
         return Frame(
-            Kind.CALL, call.seq, call.layer, call.dtype, call.arena.id if self._shares_memory else frame.INLINE,
+            Kind.CALL, call.seq, call.layer, call.dtype, call.arena.id if self.shares_memory else frame.INLINE,
             call.offset, call.rows, call.width, 0, tuple(call.segments),
         ).pack()  # fmt: skip
 
     def send(self, call: Call, packed: bytes | None = None) -> None:
         """Start `call`, with the frame that `pack` made of it; raise OSError where the replica is gone."""
         head = self.pack(call) if packed is None else packed
-        if self._shares_memory and self._attached != call.arena.id:
+        if self.shares_memory and self._attached != call.arena.id:
             self._attach(call.arena)
         self.outstanding = call
         self._sock.settimeout(_SEND_S)
-        if self._shares_memory:
+        if self.shares_memory:
             self._sock.sendall(head)
         else:
             rows = call.arena.rows(call.offset, call.rows, call.width, call.dtype)
             sockets.send(self._sock, head, bytes_of(rows))
 
-    def receive(self, timeout: float = 5.0) -> int:
+    def receive(self, timeout: float = 5.0, header: bytes | None = None) -> int:
         """Wait for the outstanding call's reply, `timeout` s at most; return the replica's compute time in ns.
 
-        Raise CallRefusedError where the replica says why not, OSError where it is gone, silent or sends garbage.
+        `header` is its beginning, where that was read already. Raise CallRefusedError where the replica says why not,
+        OSError where it is gone, silent or sends garbage.
         """
         call = self.outstanding
         if call is None:
             raise FrameError("a reply nobody waits for")
         self._sock.settimeout(timeout)
-        sockets.read_into(self._sock, memoryview(self._header))
-        reply = frame.unpack(self._header)
+        if header is None:
+            sockets.read_into(self._sock, memoryview(self._header))
+        reply = frame.unpack(self._header if header is None else header)
         if reply.seq != call.seq:
             raise FrameError(f"a reply to call {reply.seq}, expected {call.seq}")
         if reply.kind is Kind.ERROR:
@@ -109,7 +120,7 @@ class Channel:
             raise CallRefusedError(reason)
         if reply.kind is not Kind.REPLY or reply.rows != call.rows:
             raise FrameError("a reply that does not fit its call")
-        if not self._shares_memory:
+        if not self.shares_memory:
             sockets.read_into(self._sock, bytes_of(call.results()))
         self.outstanding = None
         return reply.aux

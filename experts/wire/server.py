@@ -22,6 +22,8 @@ from experts.wire.handshake import HandshakeError, Purpose, ServerHandshake
 log = logging.getLogger(__name__)
 
 _HANDSHAKE_S = 5.0
+_ENDING_S = 2.0
+"""For calls under way when the server closes: Python must not end under a thread that is in compiled code."""
 
 
 class NotServedError(Exception):
@@ -36,25 +38,39 @@ class Compute(Protocol):
     ) -> None: ...
 
 
+class Shortcut(Protocol):
+    """Answers calls on a descriptor, their rows in an arena's `memory`; returns where the next frame is not for it."""
+
+    def __call__(self, descriptor: int, arena: int, memory: torch.Tensor) -> None: ...  # noqa: D102
+
+
 class ExpertServer:
     """Serves `compute` to gateways that know the secret and the model; a thread for each connection.
 
-    `threads` are torch's threads for the calls of one connection.
+    `threads` are torch's threads for the calls of one connection. `shortcut`, if there is one, answers calls in shared
+    memory without Python, until one comes that it does not take.
     Use as a context manager; `addresses` says where it listens: a Unix socket, and TCP where a `tcp_host` is given.
     """
 
     def __init__(
-        self, compute: Compute, secret: bytes, fingerprint: str, tcp_host: str | None = None, threads: int = 1
+        self,
+        compute: Compute,
+        secret: bytes,
+        fingerprint: str,
+        tcp_host: str | None = None,
+        threads: int = 1,
+        shortcut: Shortcut | None = None,
     ) -> None:
         self._compute = compute
+        self._shortcut = shortcut
         self._threads_each = threads
         self._secret = secret
         self._fingerprint = fingerprint
         self._listeners = [sockets.listen_unix()]
         if tcp_host is not None:
             self._listeners.append(sockets.listen_tcp(tcp_host))
-        self._connections: set[socket.socket] = set()
-        self._lock = threading.Lock()
+        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._lock = threading.Condition()
         self._threads = [
             threading.Thread(target=self._accept, args=(listener,), daemon=True, name="expert-accept")
             for listener in self._listeners
@@ -76,6 +92,11 @@ class ExpertServer:
         with self._lock:
             return len(self._connections)
 
+    def drain(self, patience_s: float) -> bool:
+        """Answer until all gateways have hung up, at most `patience_s` seconds; whether they have."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._connections, patience_s)
+
     def __enter__(self) -> ExpertServer:
         for thread in self._threads:
             thread.start()
@@ -90,8 +111,12 @@ class ExpertServer:
             for sock in [*self._listeners, *self._connections]:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that blocks on it
+            serving = list(self._connections.values())
         for thread in self._threads:
             thread.join()
+        for thread in serving:
+            if thread is not threading.current_thread():
+                thread.join(_ENDING_S)
         for listener in self._listeners:
             listener.close()
 
@@ -110,7 +135,7 @@ class ExpertServer:
                 sockets.receive(sock, ServerHandshake(self._secret, Purpose.EXPERT, self._fingerprint))
                 sock.settimeout(None)
                 self._prepare_thread()
-                _Connection(sock, self._compute).run()
+                _Connection(sock, self._compute, self._shortcut).run()
             except ConnectionResetError:
                 pass  # the gateway went away: nothing is owed to it
             except (HandshakeError, FrameError) as error:
@@ -127,26 +152,30 @@ class ExpertServer:
     @contextlib.contextmanager
     def _registered(self, sock: socket.socket) -> Iterator[None]:
         with self._lock:
-            self._connections.add(sock)
+            self._connections[sock] = threading.current_thread()
         try:
             yield
         finally:
             with self._lock:
-                self._connections.discard(sock)
+                del self._connections[sock]
+                self._lock.notify_all()
 
 
 class _Connection:
     """One gateway's calls, in order."""
 
-    def __init__(self, sock: socket.socket, compute: Compute) -> None:
+    def __init__(self, sock: socket.socket, compute: Compute, shortcut: Shortcut | None) -> None:
         self._sock = sock
         self._compute = compute
+        self._shortcut = shortcut
         self._arena: Arena | None = None
         self._head = bytearray(frame.HEADER.size + frame.SEGMENT.size)  # most calls have one segment: one read
 
     def run(self) -> None:
         """Answer frames until the gateway hangs up."""
         while True:
+            if self._shortcut is not None and self._arena is not None:
+                self._shortcut(self._sock.fileno(), self._arena.id, self._arena.memory)
             head, fds = self._next()
             try:
                 if head.kind is Kind.ATTACH:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI
 from ray import serve
 
@@ -18,10 +16,9 @@ from gateway.api.app import create_app
 from gateway.api.drain import CUT_S
 from gateway.api.limits import Limits
 from gateway.api.listener import listening
+from gateway.api.report import make_report
 from gateway.api.served_model import ApiConfig
 from gateway.link.pool import GatewayPool
-from gateway.messages import GatewayStatus
-from placement import forecast, plan
 from recovery.directory import START_S, Directory, GatewayEntry
 from recovery.journal import Journal
 
@@ -86,58 +83,7 @@ class ApiReplica:
     async def _status(self) -> dict[str, Any]:
         """Gateways, and expert units with their replicas and calls by path; see `evermoe status`."""
         answers = await self._pool.status()
-        return await asyncio.to_thread(self._report, answers)
-
-    def _report(self, answers: list[GatewayStatus]) -> dict[str, Any]:
-        document = self._directory.read(plan.DOCUMENT)
-        planned = plan.decode(document).replicas if document is not None else {}
-        replicas = self._directory.replicas()
-        entries = {entry.id: entry for entry in self._directory.gateways()}
-        return {
-            "model": self._config.model_name,
-            "forecast": self._forecast(),
-            "gateways": [
-                {
-                    "pid": entries[answer.gateway].pid,
-                    "node": entries[answer.gateway].node,
-                    "host": entries[answer.gateway].host,
-                    "addresses": entries[answer.gateway].addresses,
-                    **msgspec.to_builtins(answer),
-                }
-                for answer in answers
-                if answer.gateway in entries
-            ],
-            "units": [
-                {
-                    "unit": unit,
-                    "planned": planned.get(unit),
-                    "ready": sum(replica.unit == unit for replica in replicas),
-                    "replicas": [
-                        {
-                            "id": r.id,
-                            "pid": r.pid,
-                            "node": r.node,
-                            "host": r.host,
-                            "addresses": r.addresses,
-                            "experts": r.experts,
-                            "layers": r.layers,
-                        }
-                        for r in replicas
-                        if r.unit == unit
-                    ],
-                    "calls": _sum([answer.expert_calls.get(unit, {}) for answer in answers]),
-                }
-                for unit in _ordered({unit for answer in answers for unit in answer.expert_calls} | planned.keys())
-            ],
-        }
-
-    def _forecast(self) -> dict[str, Any] | None:
-        """What the planner expects; None where there is none."""
-        document = self._directory.read(forecast.DOCUMENT)
-        try:
-            return None if document is None else dict(msgspec.to_builtins(forecast.decode(document)))
-        except msgspec.DecodeError:  # left by another release
-            return None
+        return await asyncio.to_thread(make_report, self._config.model_name, self._directory, answers)
 
 
 def api_deployment(
@@ -164,16 +110,3 @@ def api_deployment(
     )
     config = replace(config, request_ids=listen is not None)  # the proxy answers with its own
     return deployment.bind(config, fingerprint, redis_url, namespace, listen, nodes)
-
-
-def _sum(counts: list[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for count in counts:
-        for path, calls in count.items():
-            total[path] = total.get(path, 0) + calls
-    return total
-
-
-def _ordered(units: set[str]) -> list[str]:
-    """By number, not by letter: expert-2 before expert-10."""
-    return sorted(units, key=lambda unit: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", unit)])

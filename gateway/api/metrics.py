@@ -6,15 +6,18 @@ gateways at the moment of asking.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gateway.api.expert_metrics import expert_metrics
 from gateway.api.request_record import RequestRecord
+from gateway.layer_times import EDGES
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -44,6 +47,8 @@ _TTFT = (
 )
 _TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _OLD_S = 60.0
+_EACH = 8
+"""Of the fine buckets of layer times, one in so many is told."""
 _REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 
 
@@ -124,20 +129,23 @@ class _State(Collector):
             "vllm:prefix_cache_queries", "Prompt tokens looked for in the cache.", "prefix_cache_queries"
         )
         yield self._counted("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", "prefix_cache_hits")
-        calls = CounterMetricFamily(
-            "evermoe:expert_calls", "Calls of experts, by the path they took.", labels=["model_name", "path"]
+        yield from expert_metrics(self._model, self._units)
+        yield self._gauge(
+            "evermoe:inline_resident_bytes", "Expert weights that gateways hold themselves.", self._sum("inline_bytes")
         )
-        for path in ("replica", "inline", "hedge", "retry"):
-            calls.add_metric([self._model, path], sum(unit["calls"].get(path, 0) for unit in self._units))
-        yield calls
-        replicas = GaugeMetricFamily(
-            "evermoe:expert_replicas", "Replicas of expert units.", labels=["model_name", "expert", "state"]
-        )
-        for unit in self._units:
-            replicas.add_metric([self._model, unit["unit"], "planned"], unit["planned"] or 0)
-            replicas.add_metric([self._model, unit["unit"], "ready"], unit["ready"])
-        yield replicas
+        yield self._counted("evermoe:inline_rows", "Rows of experts that gateways computed themselves.", "inline_rows")
+        yield self._layer_times()
         yield from self._forecast_errors()
+
+    def _layer_times(self) -> Metric:
+        counts = [sum(column) for column in zip(*(g["layer_counts"] for g in self._gateways), strict=True)]
+        totals = dict(zip(EDGES, itertools.accumulate(counts), strict=False))
+        buckets = [(f"{edge:.3g}", totals[edge]) for edge in EDGES[_EACH - 1 :: _EACH] if totals]
+        family = HistogramMetricFamily(
+            "evermoe:moe_layer_seconds", "From a MoE layer's routing to its summed rows.", labels=["model_name"]
+        )
+        family.add_metric([self._model], [*buckets, ("+Inf", sum(counts))], self._sum("layer_seconds"))
+        return family
 
     def _forecast_errors(self) -> Iterable[Metric]:
         """Of a planner that is there: an old forecast's error says nothing of now."""

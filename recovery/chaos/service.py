@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
+import redis
 
 from experts.wire.sockets import host_id
 from recovery.chaos.scenario import EventPlan, ScenarioError
+from recovery.directory import Directory, GatewayEntry, ReplicaEntry
 
 _ANSWER_S = 5.0
 _TITLES = {
@@ -46,6 +49,10 @@ class Service:
         self.gateways = len(report["gateways"])
         self._host = host_id()
         self._last = report
+        self._directory = _directory(self.url, report)
+        self._gateways: list[GatewayEntry] = []
+        self._replicas: list[ReplicaEntry] = []
+        self._look()
         self._raylet = self._cluster()
 
     def report(self) -> dict[str, Any] | None:
@@ -71,21 +78,19 @@ class Service:
 
     def targets(self, event: EventPlan) -> list[Target]:
         """All that the event may hit, as far as it is known now; none may be there at this moment."""
+        self._look()
         match event.to:
             case "expert":
-                self.report()
                 found = [
-                    Target("expert", f"{unit['unit']} {replica['id']}", replica["pid"], tuple(replica["addresses"]))
-                    for unit in self._last["units"]
-                    for replica in unit["replicas"]
-                    if replica["host"] == self._host and event.unit in (None, unit["unit"])
+                    Target("expert", f"{entry.unit} {entry.id}", entry.pid, tuple(entry.addresses))
+                    for entry in self._replicas
+                    if entry.host == self._host and event.unit in (None, entry.unit)
                 ]
             case "gateway":
-                self.report()
                 found = [
-                    Target("gateway", gateway["gateway"], gateway["pid"], tuple(gateway["addresses"]))
-                    for gateway in self._last["gateways"]
-                    if gateway["host"] == self._host
+                    Target("gateway", entry.id, entry.pid, tuple(entry.addresses))
+                    for entry in self._gateways
+                    if entry.host == self._host
                 ]
             case "redis":
                 found = self._named(self._raylet.parent(), "redis-server", "redis")
@@ -99,13 +104,18 @@ class Service:
             what = event.to if event.unit is None else f"{event.to} of {event.unit}"
             raise ScenarioError(f"{self.url} has no {what} on this host: start chaos where it runs")
 
+    def _look(self) -> None:
+        """Read the directory; where Redis is away, what was there last stays."""
+        with contextlib.suppress(redis.RedisError, OSError):
+            self._gateways, self._replicas = self._directory.gateways(), self._directory.replicas()
+
     def _cluster(self) -> psutil.Process:
         """The raylet that the gateways of this host belong to: whatever else Ray runs is below it."""
-        for gateway in self._last["gateways"]:
-            if gateway["host"] != self._host:
+        for gateway in self._gateways:
+            if gateway.host != self._host:
                 continue
             with contextlib.suppress(psutil.NoSuchProcess):
-                for parent in psutil.Process(gateway["pid"]).parents():
+                for parent in psutil.Process(gateway.pid).parents():
                     if parent.name() == "raylet":
                         return parent
         raise ScenarioError(f"no gateway of {self.url} runs on this host: start chaos where one does")
@@ -117,3 +127,16 @@ class Service:
                 if title in " ".join(process.cmdline()) or title in process.name():
                     found.append(Target(role, role, process.pid))
         return found
+
+
+def _directory(url: str, report: dict[str, Any]) -> Directory:
+    """The service's directory in Redis; raise ScenarioError where it can't be read."""
+    address = report["directory"]["socket"] or os.environ.get("REDIS_URL")
+    if address is None:
+        raise ScenarioError(f"{url} keeps its directory in a Redis of yours: set REDIS_URL to it")
+    directory = Directory(address, report["directory"]["namespace"])
+    try:
+        directory.gateways()
+    except (redis.RedisError, OSError) as error:
+        raise ScenarioError(f"the directory of {url} can't be read ({error}): set REDIS_URL to its Redis") from error
+    return directory

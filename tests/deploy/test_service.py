@@ -6,13 +6,9 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,87 +18,21 @@ import psutil
 import pytest
 
 from predictor.records import read_records
+from tests.deploy.served import EVERMOE, PROMPT, Served, serving
 from tests.waiting import eventually
-
-EVERMOE = str(Path(sys.executable).parent / "evermoe")
 
 pytestmark = pytest.mark.ray
 
-PROMPT = "import os\n\ndef main():\n"
 
-
-class Served:
-    """A running `evermoe serve`."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.output = folder / "output"
-        self.temporary = Path(tempfile.mkdtemp(prefix="e-", dir="/tmp"))  # short: Unix sockets have little room
-        environment = {**os.environ, "EVERMOE_CACHE": str(folder / "cache"), "TMPDIR": str(self.temporary)}
-        environment.pop("REDIS_URL", None)
-        self.record = folder / "record.parquet"
-        command = [EVERMOE, "serve", "--port", str(self.port), "--dtype", "float32", "--record", str(self.record)]
-        with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0)
-
-    def wait(self) -> None:
-        eventually(self._healthy, 120, "the service answers")
-
-    def _healthy(self) -> bool:
-        assert self.process.poll() is None, self.output.read_text()
-        try:
-            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def status(self) -> dict[str, Any]:
-        answer = httpx.get(f"{self.url}/evermoe/status", timeout=30)
-        assert answer.status_code == 200, answer.text
-        return dict(answer.json())
-
-    def ready(self) -> int:
-        return sum(unit["ready"] for unit in self.status()["units"])
-
-    def wait_for_replicas(self) -> None:
-        eventually(lambda: self.ready() == 8, 120, "all replicas are ready")
-
-    def calls(self) -> dict[str, int]:
-        total: dict[str, int] = {}
-        for unit in self.status()["units"]:
-            for path, count in unit["calls"].items():
-                total[path] = total.get(path, 0) + count
-        return total
-
-    def stream(self, max_tokens: int, on_chunk: Callable[[int], None] = lambda number: None) -> str:
-        chunks = self.client.completions.create(
-            model="evermoe-tiny", prompt=PROMPT, max_tokens=max_tokens, temperature=0, stream=True,
-            extra_body={"ignore_eos": True},
-        )  # fmt: skip
-        text = ""
-        for number, chunk in enumerate(chunks):
-            on_chunk(number)
-            text += chunk.choices[0].text if chunk.choices else ""
-        return text
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(os.path.realpath(tmp_path_factory.mktemp("s"))) / "record.parquet"
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = Path(os.path.realpath(tmp_path_factory.mktemp("s")))
-    running = Served(folder)
-    try:
-        running.wait()
+def served(record: Path) -> Iterator[Served]:
+    with serving(record.parent, "--record", str(record)) as running:
         yield running
-    finally:
-        running.client.close()
-        if running.process.poll() is None:
-            running.process.send_signal(signal.SIGINT)
-            running.process.wait(60)
-        shutil.rmtree(running.temporary, ignore_errors=True)
 
 
 def test_it_answers_before_replicas_are_up_and_with_them_alike(served: Served) -> None:
@@ -173,7 +103,7 @@ def test_status_shows_every_expert(served: Served) -> None:
     command = [EVERMOE, "status", "--url", served.url]
     wide = {**os.environ, "COLUMNS": "160"}
     table = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
-    assert all(re.search(rf"expert-{e} .*0-3", table) for e in range(8)), table
+    assert all(re.search(rf"expert-{e} .* cpu .* 4/4 ", table) for e in range(8)), table
     report = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     assert [unit["unit"] for unit in report["units"]] == [f"expert-{e}" for e in range(8)]
 
@@ -301,7 +231,7 @@ def test_chaos_reports_pauses_and_nothing_else(served: Served, tmp_path: Path) -
     assert kept["happenings"][3]["whole_after_s"] is not None
 
 
-def test_interrupting_it_lets_requests_finish_and_leaves_nothing_behind(served: Served) -> None:
+def test_interrupting_it_lets_requests_finish_and_leaves_nothing_behind(served: Served, record: Path) -> None:
     """Last in this file: it ends the service."""
     expected = served.stream(100)
     mine = psutil.Process(served.process.pid).children(recursive=True)
@@ -320,7 +250,7 @@ def test_interrupting_it_lets_requests_finish_and_leaves_nothing_behind(served: 
     assert int(refused[0].headers["retry-after"]) > 0
     assert served.process.wait(60) == 0, served.output.read_text()
     assert "Traceback" not in served.output.read_text()
-    assert len(read_records(served.record)) > 500
+    assert len(read_records(record)) > 500
     _, alive = psutil.wait_procs(mine, timeout=20)
     assert alive == []
     assert list(served.temporary.iterdir()) == []

@@ -84,7 +84,7 @@ def test_further_families_convert_without_any_code_for_them(family: str, tmp_pat
         assert torch.equal(tensor, state[name]), name
     for expert in range(store.manifest.num_experts):
         for layer, module in families.moe_modules(model).items():
-            for param, tensor in store.expert(expert)[layer].items():
+            for param, tensor in store.slice(layer, expert).items():
                 assert torch.equal(tensor, module.get_parameter(param)[expert]), (layer, expert, param)
 
 

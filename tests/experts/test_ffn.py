@@ -4,14 +4,16 @@ import ctypes
 import inspect
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts, MuseSparkTextConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
@@ -136,10 +138,10 @@ class OneModule(ExpertStore):
     def __init__(self, module: nn.Module) -> None:
         pass
 
-    def expert(self, expert: int) -> dict[int, dict[str, torch.Tensor]]:
+    def slice(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         module: nn.Module = self.module  # type: ignore[attr-defined]
         params = module.named_parameters()
-        return {0: {name: p.detach()[expert] if families.is_batched(name) else p.detach() for name, p in params}}
+        return {name: p.detach()[expert] if families.is_batched(name) else p.detach() for name, p in params}
 
 
 FORMS: dict[str, Callable[[], nn.Module]] = {
@@ -169,27 +171,35 @@ def mappings(file: Path) -> int:
     return Path("/proc/self/maps").read_text().count(str(file))
 
 
-def test_an_expert_is_mapped_while_it_is_loaded(mixtral: ExpertStore) -> None:
+def test_a_slice_is_mapped_while_it_is_loaded(mixtral: ExpertStore) -> None:
     ffn, file = ExpertFFN(mixtral), mixtral.path / "experts" / "2.safetensors"
     assert ffn.loaded == frozenset()
     assert not mappings(file)
-    ffn.load(2)
-    ffn.load(2)
-    assert ffn.loaded == frozenset({2})
-    assert mappings(file)
+    ffn.load(0, 2)
+    ffn.load(0, 2)
+    assert ffn.loaded == frozenset({(0, 2)})
+    one, held = mappings(file), ffn.resident_bytes
+    assert one
+    ffn.load(1, 2)
+    assert mappings(file) == 2 * one
+    assert ffn.resident_bytes == 2 * held
     ffn(0, 2, torch.ones(3, 32))
-    ffn.unload(2)
-    ffn.unload(2)
-    assert ffn.loaded == frozenset()
+    ffn.unload([(0, 2)])
+    ffn.unload([(0, 2)])
+    assert ffn.loaded == frozenset({(1, 2)})
+    assert mappings(file) == one
+    ffn.unload(ffn.loaded)
     assert not mappings(file)
+    assert ffn.resident_bytes == 0
 
 
 def test_loaded_weights_are_pages_of_the_file_and_not_copies(mixtral: ExpertStore) -> None:
     ffn = ExpertFFN(mixtral)
-    ffn.load(1)
+    for layer in mixtral.manifest.moe_layers:
+        ffn.load(layer, 1)
     file = str(mixtral.path / "experts" / "1.safetensors")
     ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if file in line]
-    for weights in ffn._slices[1].values():
+    for weights in ffn._slices.values():
         for matrix in (weights.up, weights.down):
             assert isinstance(matrix, PlainMatrix)
             assert any(int(start, 16) <= matrix.weight.data_ptr() < int(end, 16) for start, end in ranges)
@@ -204,10 +214,10 @@ def test_bfloat16_rows_stay_close_to_transformers(tmp_path: Path) -> None:
         assert_close(ExpertFFN(store)(layer, 1, rows), one_expert(module, 1, rows), tolerance=0.02)
 
 
-def test_an_expert_that_is_needed_is_loaded(mixtral: ExpertStore) -> None:
+def test_a_slice_that_is_needed_is_loaded(mixtral: ExpertStore) -> None:
     ffn = ExpertFFN(mixtral)
     ffn(0, 3, torch.ones(1, 32))
-    assert ffn.loaded == frozenset({3})
+    assert ffn.loaded == frozenset({(0, 3)})
 
 
 def test_wrong_calls_are_refused(mixtral: ExpertStore) -> None:
@@ -252,5 +262,75 @@ def test_a_slice_on_a_gpu(store: ExpertStore) -> None:
         assert_close(there(layer, 1, rows), here(layer, 1, rows), tolerance=1e-4)  # rows on the host are carried over
         assert_close(there(layer, 1, rows.cuda()).cpu(), here(layer, 1, rows), tolerance=1e-4)
     held = torch.cuda.memory_allocated()
-    there.unload(1)
+    there.unload(there.loaded)
     assert torch.cuda.memory_allocated() < held
+
+
+def resident(file: Path) -> int:
+    """Bytes of `file` that this process has mapped and that are there."""
+    total, mine = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            mine = line.endswith(str(file))
+        elif mine and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> ExpertStore:
+    """Slices of many pages."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_local_experts=2,
+        num_attention_heads=4, num_key_value_heads=2, dtype="float32",
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "checkpoint")
+    return prepare(folder / "checkpoint", folder / "store")
+
+
+def test_what_is_said_to_be_resident_is(wide: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn, file = ExpertFFN(wide, fast=True), wide.path / "experts" / "1.safetensors"
+    monkeypatch.setattr("experts.ffn._product", lambda weight, bias, transposed, fast: PlainMatrix(weight, bias))
+    for layers in (1, 2, 3):
+        ffn.load(layers - 1, 1)
+        assert ffn.resident_bytes == layers * 4 * 3 * 256 * 512
+        assert abs(resident(file) - ffn.resident_bytes) <= layers * 2 * 4096
+    ffn.unload([(0, 1), (2, 1)])
+    assert abs(resident(file) - ffn.resident_bytes) <= 2 * 4096
+    ffn.unload([(1, 1)])
+    assert resident(file) == ffn.resident_bytes == 0
+
+
+def test_a_packed_slice_leaves_no_pages_of_its_file_and_gives_its_copy_back(wide: ExpertStore) -> None:
+    ffn, file = ExpertFFN(wide, fast=True), wide.path / "experts" / "0.safetensors"
+    process = psutil.Process()
+    before = process.memory_info().rss
+    for layer in range(3):
+        ffn.load(layer, 0)
+    held = ffn.resident_bytes
+    assert held == 3 * 4 * 3 * 256 * 512
+    assert resident(file) < held / 4
+    ffn.unload(ffn.loaded)
+    assert process.memory_info().rss < before + held / 2
+
+
+def test_slices_come_and_go_while_others_compute(wide: ExpertStore) -> None:
+    ffn, rows = ExpertFFN(wide, fast=True), torch.randn(4, 256)
+    expected = {(layer, expert): ffn(layer, expert, rows) for layer, expert in wide.slices}
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            ffn.unload(ffn.loaded)
+            ffn.load(1, 0)
+
+    churning = threading.Thread(target=churn)
+    churning.start()
+    try:
+        for layer, expert in wide.slices * 20:
+            assert torch.equal(ffn(layer, expert, rows), expected[layer, expert])
+    finally:
+        stop.set()
+        churning.join()

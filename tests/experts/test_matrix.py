@@ -141,8 +141,5 @@ def test_packed_slices_equal_mapped_ones_in_every_family(family: str, tmp_path: 
         assert one.abs().max() > 0
         assert_same(other, one)
     assert all(
-        isinstance(matrix, FastMatrix)
-        for layers in packed._slices.values()
-        for weights in layers.values()
-        for matrix in (weights.up, weights.down)
+        isinstance(matrix, FastMatrix) for weights in packed._slices.values() for matrix in (weights.up, weights.down)
     )

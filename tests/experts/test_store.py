@@ -49,8 +49,8 @@ def assert_same_tensors(store: ExpertStore, expected: dict[str, torch.Tensor]) -
         assert torch.equal(tensor, expected[name]), name
     seen = set()
     for expert in range(store.manifest.num_experts):
-        for layer, params in store.expert(expert).items():
-            for param, tensor in params.items():
+        for layer in store.manifest.moe_layers:
+            for param, tensor in store.slice(layer, expert).items():
                 name = next(n for n in inside if f".{layer}." in n and n.endswith(f".experts.{param}"))
                 assert torch.equal(tensor, expected[name][expert]), (name, expert)
                 assert tuple(tensor.shape) == store.manifest.expert_params[param]
@@ -136,9 +136,10 @@ def test_tensors_are_views_of_the_map_and_go_with_it(mixtral: ExpertStore) -> No
     def mapped() -> bool:
         return str(mixtral.path / "experts" / "1.safetensors") in Path("/proc/self/maps").read_text()
 
-    expert = mixtral.expert(1)
+    first, second = mixtral.slice(0, 1), mixtral.slice(1, 1)
+    del first
     assert mapped()
-    del expert
+    del second
     assert not mapped()
 
 
@@ -214,7 +215,7 @@ def test_what_is_not_a_store_is_refused_with_the_remedy(tmp_path: Path, mixtral:
     with pytest.raises(StoreError, match="is an expert store already"):
         prepare(mixtral.path, tmp_path / "again")
     with pytest.raises(StoreError, match="experts 0 to 3, not 4"):
-        mixtral.expert(4)
+        mixtral.slice(0, 4)
 
 
 def test_preparing_again_gives_the_store_that_is_there(tmp_path: Path) -> None:

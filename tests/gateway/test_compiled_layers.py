@@ -31,7 +31,7 @@ from tests.gateway.inline_model import InlineFamily, answer_all, drain, prompts,
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = prompts(3, 11, 29)
-COMPILED = {"mixtral": 1, "deepseek_v3": 2, "gpt_oss": 2}
+COMPILED = {"mixtral": 1, "deepseek_v3": 2, "gpt_oss": 2, "qwen3_moe": 2}
 """Kinds of layers in each family: by window, dense or of experts."""
 
 FamilyOf = Callable[[str], InlineFamily]
@@ -70,7 +70,7 @@ def folders(family_of: FamilyOf, compiled_folder: Path, tmp_path_factory: pytest
     done = threading.Event()
     beside = Compilation(family_of("mixtral").store.path, made["mixtral"], done.set)
     beside.start()
-    for family in ("deepseek_v3", "gpt_oss"):
+    for family in ("deepseek_v3", "gpt_oss", "qwen3_moe"):
         with warnings.catch_warnings(action="ignore"):
             assert not compile_layers(family_of(family).store.path, made[family])
     assert done.wait(200)
@@ -163,6 +163,37 @@ def test_a_model_is_taken_over_between_two_steps(
     assert steps > 30
     assert all(runs_compiled(one.model))
     assert paged_decode.loaded()
+
+
+def test_decoding_rows_ask_python_for_experts_only(
+    family_of: FamilyOf, folders: dict[str, Path], kernel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = fresh(family_of("qwen3_moe"))
+    assert adopt(one.model, folders["qwen3_moe"])
+    engine = one.engine()
+    asked: set[tuple[str, int]] = set()
+
+    def noting(name: str) -> Callable[..., torch.Tensor]:
+        served = getattr(one.model.calls, name)
+
+        def answer(layer: int, *args: Any) -> torch.Tensor:
+            asked.add((name, layer))
+            out: torch.Tensor = served(layer, *args)
+            return out
+
+        return answer
+
+    for name in ("linear", "attend"):
+        monkeypatch.setattr(one.model.calls, name, noting(name))
+    for number, prompt in enumerate(PROMPTS):
+        engine.add(submit(str(number), prompt))
+    first = {delta.request_id: delta.token_ids for delta in engine.step()}
+    odd = {("linear", 1)}  # a dense layer with a width that does not fill vectors
+    assert asked == odd | {("attend", layer) for layer in range(3)}  # prompts
+    asked.clear()
+    rest = drain(engine)
+    assert asked == odd
+    assert [first[name] + rest[name] for name in sorted(first)] == expected(one)
 
 
 @pytest.mark.parametrize("family", COMPILED)

@@ -6,12 +6,14 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experts import kernels
 from experts.wire.frame import Segment
 from experts.wire.server import ExpertServer, NotServedError
 from experts.wire.sockets import host_id
@@ -36,11 +38,7 @@ class Slices:
     """The arithmetic of `ExpertFFN` with the function above; counts what it computes."""
 
     def __init__(self) -> None:
-        self.loaded: frozenset[int] = frozenset()
         self.rows = 0
-
-    def load(self, number: int) -> None:
-        self.loaded |= {number}
 
     def mixture(self, *_: object) -> None:
         """Never in one call."""
@@ -61,7 +59,7 @@ class Cluster:
         self.exits = contextlib.ExitStack()
         self.inline = Slices()
         self.fleet = self.exits.enter_context(Fleet(directory, directory.secret(), MODEL))
-        self.dispatcher = Dispatcher(self.fleet, self.inline, EXPERTS, min_rows, deadline_s)  # type: ignore[arg-type]
+        self.dispatcher = Dispatcher(self.fleet, self.inline, EXPERTS, min_rows, deadline_s)
         self.exits.callback(self.dispatcher.close)
 
     def add(
@@ -73,7 +71,7 @@ class Cluster:
         host = "elsewhere" if tcp else host_id()
         entry = ReplicaEntry(
             id=name, unit=name, pid=0, node="n", host=host, addresses=server.addresses, experts=list(experts),
-            layers=[0, 1, 2], fingerprint=MODEL,
+            layers=[0, 1, 2], fingerprint=MODEL, slices=[(layer, e) for e in experts for layer in range(3)],
         )  # fmt: skip
         self.exits.enter_context(Lease(self.directory, entry))
         eventually(lambda: name in self.fleet.table.links)
@@ -99,6 +97,16 @@ class Cluster:
 def redis() -> Iterator[RedisServer]:
     with RedisServer() as server:
         yield server
+
+
+@pytest.fixture(params=["compiled", "python"], autouse=True, scope="module")
+def way(request: pytest.FixtureRequest, compiled_folder: Path) -> Iterator[None]:
+    """Everything holds with the compiled exchange and without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_loaded", False)
+        if request.param == "compiled":
+            assert kernels.load(compiled_folder)
+        yield
 
 
 @pytest.fixture
@@ -283,7 +291,7 @@ def property_cluster(redis: RedisServer) -> Iterator[Cluster]:
 def test_with_prefer_rows_stay_here_though_replicas_serve_them(make: Callable[..., Cluster]) -> None:
     cluster = make()
     cluster.dispatcher = Dispatcher(
-        cluster.fleet, cluster.inline, EXPERTS, 1, 5.0, choice=InlineChoice(Speed(1e-9, 1e-12))  # type: ignore[arg-type]
+        cluster.fleet, cluster.inline, EXPERTS, 1, 5.0, choice=InlineChoice(Speed(1e-9, 1e-12))
     )  # fmt: skip
     cluster.add("all", range(EXPERTS))
     cluster.check()
@@ -294,7 +302,7 @@ def test_with_prefer_rows_stay_here_though_replicas_serve_them(make: Callable[..
 def test_with_prefer_replicas_get_what_they_do_faster(make: Callable[..., Cluster]) -> None:
     cluster = make()
     cluster.dispatcher = Dispatcher(
-        cluster.fleet, cluster.inline, EXPERTS, 1, 5.0, choice=InlineChoice(Speed(1.0, 1.0))  # type: ignore[arg-type]
+        cluster.fleet, cluster.inline, EXPERTS, 1, 5.0, choice=InlineChoice(Speed(1.0, 1.0))
     )  # fmt: skip
     cluster.exits.callback(cluster.dispatcher.close)
     for number in range(EXPERTS):
@@ -307,7 +315,7 @@ def test_with_prefer_replicas_get_what_they_do_faster(make: Callable[..., Cluste
 def test_with_never_a_step_waits_for_a_replica(make: Callable[..., Cluster]) -> None:
     cluster = make()
     cluster.dispatcher = Dispatcher(
-        cluster.fleet, cluster.inline, EXPERTS, 1, 5.0, may_inline=False  # type: ignore[arg-type]
+        cluster.fleet, cluster.inline, EXPERTS, 1, 5.0, may_inline=False
     )  # fmt: skip
     cluster.exits.callback(cluster.dispatcher.close)
     step = threading.Thread(target=cluster.check)
@@ -323,9 +331,33 @@ def test_with_never_a_step_waits_for_a_replica(make: Callable[..., Cluster]) -> 
 
 def test_with_never_a_step_that_waits_fails_when_the_gateway_ends(make: Callable[..., Cluster]) -> None:
     cluster = make()
-    dispatcher = Dispatcher(cluster.fleet, cluster.inline, EXPERTS, 1, 5.0, may_inline=False)  # type: ignore[arg-type]
+    dispatcher = Dispatcher(cluster.fleet, cluster.inline, EXPERTS, 1, 5.0, may_inline=False)
     ending = threading.Timer(0.2, dispatcher.stop_waiting)
     ending.start()
     with pytest.raises(NoReplicaError, match="has no replica"):
         dispatcher(1, torch.ones(1, WIDTH), torch.tensor([[0, 1]]), torch.ones(1, 2))
     ending.join()
+
+
+def test_other_settings_count_from_the_next_layer_on(make: Callable[..., Cluster]) -> None:
+    cluster = make()
+    cluster.add("a", range(EXPERTS))
+    cluster.check()
+    other = Slices()
+    cluster.dispatcher.use(other, 1, 5.0, choice=None, may_inline=True)
+    for link in list(cluster.fleet.table.links.values()):
+        cluster.fleet.drop(link, "test")
+    cluster.check(seed=1)
+    assert (cluster.inline.rows, other.rows > 0) == (0, True)
+
+
+def test_a_step_that_waits_for_replicas_goes_on_when_the_gateway_may_compute(make: Callable[..., Cluster]) -> None:
+    cluster = make()
+    cluster.dispatcher.use(cluster.inline, 1, 5.0, choice=None, may_inline=False)
+    waiting = threading.Thread(target=cluster.check)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    cluster.dispatcher.use(cluster.inline, 1, 5.0, choice=None, may_inline=True)
+    waiting.join(10)
+    assert not waiting.is_alive()

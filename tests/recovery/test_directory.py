@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -10,12 +11,17 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import redis
 
+from placement import plan as plans
+from placement.plan import Plan
 from recovery import directory as directories
+from recovery import lease as leases
 from recovery.directory import Directory, DirectoryError, GatewayEntry, ReplicaEntry
 from recovery.lease import Lease, Watcher
+from recovery.plans import LatestPlan
 from recovery.redis_server import RedisServer
 from tests.waiting import eventually
 
@@ -179,3 +185,48 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_figures_are_renewed_and_changes_are_announced(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "_RENEW_S", 0.05)
+    seen: list[list[tuple[int, int]]] = []
+    calls = itertools.count(1)
+
+    def watch() -> None:
+        seen.append(directory.replicas()[0].slices if directory.replicas() else [])
+
+    def figures(entry: ReplicaEntry) -> ReplicaEntry:
+        return msgspec.structs.replace(entry, calls=next(calls))
+
+    with Lease(directory, replica("a"), figures) as lease, Watcher(directory, watch, period=60.0):
+        eventually(lambda: directory.replicas()[0].calls > 2)
+        eventually(lambda: bool(seen))
+        told = len(seen)
+        lease.announce(lambda entry: msgspec.structs.replace(entry, slices=[(0, 1)]))
+        eventually(lambda: seen[-1] == [(0, 1)])
+        assert len(seen) == told + 1
+        assert lease.entry.slices == [(0, 1)]
+
+
+def test_a_change_that_redis_missed_is_told_when_it_is_back(tmp_path: Path) -> None:
+    folder = tmp_path / "redis"
+    with RedisServer(folder) as first:
+        directory = Directory(first.url, "test")
+        lease = Lease(directory, replica("a")).__enter__()
+    lease.announce(lambda entry: msgspec.structs.replace(entry, draining=True))
+    with RedisServer(folder):
+        eventually(lambda: [e.draining for e in directory.replicas()] == [True])
+        lease.close()
+
+
+def test_older_plans_are_ignored(directory: Directory) -> None:
+    latest = LatestPlan(directory)
+    assert not latest.refresh()
+    for epoch, accepted in ((2, True), (1, False), (2, True), (3, True)):
+        directory.publish("plan", plans.encode(Plan(epoch=epoch, replicas={}, reason="test")))
+        assert latest.refresh() is accepted
+    assert latest.plan is not None
+    assert latest.plan.epoch == 3
+    directory.publish("plan", b"garbage")
+    assert not latest.refresh()
+    assert latest.plan.epoch == 3

@@ -120,7 +120,8 @@ async def served(
         async def status() -> dict[str, Any]:
             answers = await pool.status()
             calls = {"inline": 3, "replica": 4}
-            unit = {"unit": "expert-0", "planned": 2, "ready": 1, "replicas": [], "calls": calls}
+            replica = {"draining": False, "resident_bytes": 4096, "misses": 2, "device": "emulated (9 rows/s, 1 ms)"}
+            unit = {"unit": "expert-0", "planned": 2, "ready": 1, "replicas": [replica], "calls": calls}
             return {"model": NAME, "units": [unit], "gateways": [msgspec.to_builtins(answer) for answer in answers]}
 
         async with GatewayPool(addresses, SECRET, MODEL, patience_s=0.2) as pool:

@@ -11,7 +11,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.api.metrics import Metrics
-from gateway.messages import Delta, Timings
+from gateway.layer_times import LayerTimes
+from gateway.messages import Delta, GatewayStatus, Timings
 from tests.gateway.api.serving import NAME, TEXT, Api, api_of, error_of, saying, until_running
 from tests.gateway.fake_engine import FakeEngine
 
@@ -116,6 +117,10 @@ async def test_experts_and_requests_have_figures_of_ours(api: Api) -> None:
     seen = await figures(api)
     assert seen["evermoe:expert_calls_total{replica}"] == 4
     assert seen["evermoe:expert_calls_total{inline}"] == 3
+    assert seen["evermoe:expert_resident_bytes{expert-0}"] == 4096
+    assert seen["evermoe:expert_misses_total"] == 2
+    assert seen["evermoe:emulated_devices"] == 1
+    assert seen["evermoe:inline_resident_bytes"] == 0
     assert seen["evermoe:expert_replicas{expert-0}{planned}"] == 2
     assert seen["evermoe:expert_replicas{expert-0}{ready}"] == 1
     assert seen["evermoe:gateways"] == 1
@@ -131,6 +136,24 @@ def test_the_errors_of_a_forecast_are_told_while_it_is_fresh(age_s: float, told:
     text = Metrics(NAME).exposition(report).decode()
     samples = [line for line in text.splitlines() if line.startswith("evermoe:forecast_error_ratio{")]
     assert samples == [f'evermoe:forecast_error_ratio{{layer="2",model_name="{NAME}"}} 0.25'] * told
+
+
+def test_the_times_of_layers_are_summed_over_gateways() -> None:
+    gateways = []
+    for name, seconds in (("a", [0.001, 0.002]), ("b", [0.5])):
+        times = LayerTimes()
+        for each in seconds:
+            times.observe(each)
+        status = GatewayStatus(
+            query_id=0, gateway=name, running=0, waiting=0, kv_blocks_used=0, kv_blocks_total=1, expert_calls={},
+            layer_counts=times.counts, layer_seconds=times.seconds,
+        )  # fmt: skip
+        gateways.append(msgspec.to_builtins(status))
+    text = Metrics(NAME).exposition({"gateways": gateways, "units": []}).decode()
+    seen = [line for line in text.splitlines() if line.startswith("evermoe:moe_layer_seconds")]
+    values = [float(line.split()[-1]) for line in seen]
+    assert sorted(set(values)) == [0, pytest.approx(0.503), 1, 2, 3]
+    assert any('le="+Inf"' in line and line.endswith(" 3.0") for line in seen)
 
 
 async def test_without_a_gateway_there_are_still_metrics(api: Api) -> None:
