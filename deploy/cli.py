@@ -124,6 +124,20 @@ def status(
         print_status(report, _out, why=why)
 
 
+@app.command()
+def chaos(
+    scenario: Annotated[Path, typer.Argument(help="Scenario file (YAML); examples are in recovery/scenarios.")],
+    url: Annotated[str, typer.Option(help="Where the service listens.")] = "http://127.0.0.1:8000",
+    seed: Annotated[int | None, typer.Option(help="Instead of the scenario's.", min=0)] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the report (JSON).")] = None,
+) -> None:
+    """Break a running service on purpose while clients stream from it; exit 1 where they notice more than a pause."""
+    from deploy.chaos import run_chaos
+
+    if not run_chaos(scenario, url, seed, out, _out):
+        sys.exit(1)
+
+
 def main() -> None:
     """Entry point: errors made for people become one line and exit code 2."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever fetched behind the operator's back

@@ -185,5 +185,9 @@ class GatewayStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prefix_cache_hits: int = 0
 
 
+class Alive(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The gateway's process is there, with or without anything to say."""
+
+
 ToGateway = Submit | Cancel | StatusQuery
-FromGateway = StepOutput | GatewayStatus
+FromGateway = StepOutput | GatewayStatus | Alive

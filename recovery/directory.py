@@ -90,6 +90,8 @@ class Directory:
         self.url = url
         self.namespace = namespace
         self._prefix = f"evermoe:{namespace}:"
+        self._known: dict[str, bytes] = {}
+        """What a Redis that comes back empty has to be told again: the secret, and documents as they were last seen."""
         try:
             self._redis = redis.Redis.from_url(url, socket_connect_timeout=2.0, socket_timeout=5.0)
         except ValueError as error:
@@ -115,15 +117,21 @@ class Directory:
         stored = self._redis.get(self._key("secret"))
         if not isinstance(stored, bytes):
             raise redis.RedisError("the cluster secret vanished while it was read")
+        self._known["secret"] = stored
         return stored
 
-    def put(self, entry: ReplicaEntry | GatewayEntry, *, announce: bool = False) -> None:
-        """Write or renew the lease of `entry`; readers are told where it is new, or to be announced."""
+    def put(self, entry: ReplicaEntry | GatewayEntry, *, announce: bool = False, renewed: bool = False) -> None:
+        """Write or renew the lease of `entry`; readers are told where it is new, or to be announced.
+
+        Where one that is `renewed` is new to Redis, Redis was emptied: it is told again what this process knows.
+        """
         role = _role(type(entry))
         with self._redis.pipeline() as pipe:
             pipe.set(self._key(role, entry.id), msgspec.json.encode(entry), px=int(LEASE_S * 1000))
             pipe.sadd(self._key(role), entry.id)
             added = pipe.execute()[1]
+        if added and renewed:
+            self._restore()
         if added or announce:
             self._announce()
 
@@ -147,7 +155,10 @@ class Directory:
     def publish(self, document: str, value: bytes, *, only_first: bool = False) -> None:
         """Store a named document (the plan, say) and tell readers; `only_first` keeps one that is there."""
         if self._redis.set(self._key(document), value, nx=only_first):
+            self._known[document] = value
             self._announce()
+        else:
+            self.read(document)
 
     def exchange(self, document: str, before: bytes | None, value: bytes) -> bool:
         """Store a named document where it is still as it was read `before`; whether it was."""
@@ -162,13 +173,17 @@ class Directory:
                 pipe.execute()
             except redis.WatchError:
                 return False
+        self._known[document] = value
         self._announce()
         return True
 
     def read(self, document: str) -> bytes | None:
         """The named document; None where there is none."""
         value = self._redis.get(self._key(document))
-        return value if isinstance(value, bytes) else None
+        if not isinstance(value, bytes):
+            return None
+        self._known[document] = value
+        return value
 
     def number(self, series: str) -> int:
         """The next number of a named series, from 0 on."""
@@ -208,6 +223,11 @@ class Directory:
         if expired:
             self._redis.srem(self._key(role), *expired)
         return [msgspec.json.decode(value, type=kind) for value in values if value is not None]
+
+    def _restore(self) -> None:
+        """Write what is missing. The secret is overwritten: whoever drew another one meanwhile has talked to nobody."""
+        for name, value in self._known.items():
+            self._redis.set(self._key(name), value, nx=name != "secret")
 
     def _announce(self) -> None:
         self._redis.publish(self._key("changes"), b"")

@@ -98,7 +98,7 @@ class Lease(_Background, Generic[E]):
             with self._changing:
                 self._entry = self._figures(self._entry)
             try:
-                self._directory.put(self._entry, announce=changed)
+                self._directory.put(self._entry, announce=changed, renewed=True)
             except (redis.RedisError, OSError):
                 if changed:
                     self._wake.set()

@@ -27,10 +27,12 @@ from gateway.api.request_context import RequestContext
 from gateway.api.request_record import RequestRecord
 from gateway.api.requests import ChatRequest, CompletionRequest, SamplingRequest
 from gateway.api.responses import ChatCompletion, Completion, Health, ModelCard, ModelList, Version
+from gateway.api.resumption import HEADER, ResumedSource
 from gateway.api.served_model import ApiConfig, ServedModel
 from gateway.api.tokenization import tokenization_routes
 from gateway.api.tracking import Demands, TrackedPool
 from gateway.link import GatewayLostError, GatewayPool
+from recovery.journal import Journal
 
 Status = Callable[[], Awaitable[dict[str, Any]]]
 """Reports the application's state as what JSON can hold."""
@@ -55,7 +57,13 @@ Timeout = Annotated[
 ]
 
 
-def create_app(config: ApiConfig, pool: GatewayPool, status: Status, limits: Limits | None = None) -> FastAPI:
+def create_app(
+    config: ApiConfig,
+    pool: GatewayPool,
+    status: Status,
+    limits: Limits | None = None,
+    journal: Journal | None = None,
+) -> FastAPI:
     """The OpenAI-compatible API of the model in ``config.store``, answered by the gateways of `pool`.
 
     When the application shuts down, running requests get ``config.policy.drain_s`` to finish, then the pool is closed.
@@ -66,7 +74,7 @@ def create_app(config: ApiConfig, pool: GatewayPool, status: Status, limits: Lim
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with pool, limits or contextlib.nullcontext():
+        async with pool, limits or contextlib.nullcontext(), journal or contextlib.nullcontext():
             yield
             await drain.finish(config.policy.drain_s, pool.cut)
 
@@ -77,7 +85,7 @@ def create_app(config: ApiConfig, pool: GatewayPool, status: Status, limits: Lim
     app = FastAPI(title="Evermoe", version=version("evermoe"), lifespan=lifespan, redirect_slashes=False)
     _surround(app, config, drain, limits, ended)
     errors.install(app)
-    app.include_router(_generation(_Desk(model, pool, metrics, config)))
+    app.include_router(_generation(_Desk(model, pool, metrics, config, journal)))
     app.include_router(_models(model))
     app.include_router(_state(pool, status, metrics, drain))
     describe(app, keys=bool(config.keys))
@@ -105,11 +113,14 @@ def _surround(
 class _Desk:
     """Takes a request's job in and has it answered."""
 
-    def __init__(self, model: ServedModel, pool: GatewayPool, metrics: Metrics, config: ApiConfig) -> None:
+    def __init__(
+        self, model: ServedModel, pool: GatewayPool, metrics: Metrics, config: ApiConfig, journal: Journal | None
+    ) -> None:
         self.model = model
         self._pool = pool
         self._metrics = metrics
         self._longest_s = config.policy.request_timeout_s
+        self._journal = journal
 
     def check(self, body: SamplingRequest, neutral: Mapping[str, tuple[Any, ...]]) -> None:
         """Raise ApiError for another model, and for what is not served."""
@@ -127,6 +138,9 @@ class _Desk:
         deadlines = [seconds for seconds in (timeout, self._longest_s) if seconds is not None]
         demands = Demands(priority=body.priority or 0, deadline_s=min(deadlines, default=None))
         source: Source = TrackedPool(self._pool, record, self._metrics, demands)
+        key = request.headers.get(HEADER)
+        if key is not None and self._journal is not None:
+            source = ResumedSource(source, self._journal, key, record.key, body)
         if job.stream:
             return EventStream(events(job, source, form))
         try:

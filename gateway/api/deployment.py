@@ -20,9 +20,13 @@ from gateway.api.report import make_report
 from gateway.api.served_model import ApiConfig
 from gateway.link.pool import GatewayPool
 from recovery.directory import START_S, Directory, GatewayEntry
+from recovery.journal import Journal
 
 STOP_S = 10.0
 """What a replica has to end after its last request."""
+_HEALTH_PERIOD_S = 0.2
+_HEALTH_HELD_S = 5.0
+"""Serve notices at once that a replica is gone while it waits for its answer: so it waits most of the time."""
 
 
 class ApiReplica:
@@ -44,16 +48,24 @@ class ApiReplica:
         secret = await asyncio.to_thread(self._directory.secret)
         self._pool = GatewayPool(self._gateways, secret, fingerprint)
         self._limits = Limits(redis_url, namespace)
+        self._journal = Journal(redis_url, namespace)
         self._listen = listen
+        self._asked = False
         self._exits = AsyncExitStack()
         request_log.start(config.policy.request_log)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:  # Serve calls it
         """Serve's interface: the app of this replica. Where it has a port of its own, it listens from now on."""
-        app = create_app(self._config, self._pool, self._status, self._limits)
+        app = create_app(self._config, self._pool, self._status, self._limits, self._journal)
         if self._listen is not None:
             await self._exits.enter_async_context(listening(app, *self._listen))
         return app
+
+    async def check_health(self) -> None:
+        """Serve's health check, which takes its time, but for the first, which is part of the start."""
+        if self._asked:
+            await asyncio.sleep(_HEALTH_HELD_S)
+        self._asked = True
 
     async def __del__(self) -> None:
         """Serve's way to end an api; the application's lifespan has ended by then, requests and all."""
@@ -91,6 +103,7 @@ def api_deployment(
         name="api",
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0},
+        health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=config.policy.drain_s + CUT_S + STOP_S,
         logging_config={"enable_access_log": False},  # we have our own, in JSON

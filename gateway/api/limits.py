@@ -37,7 +37,7 @@ local now = clock[1] + clock[2] / 1000000
 local function level(what, limit)
   local kept = redis.call('HMGET', KEYS[1], what, what .. '_at')
   if not kept[1] then return limit end
-  return math.min(limit, kept[1] + (now - kept[2]) * limit / 60)
+  return math.min(limit, kept[1] + math.max(now - kept[2], 0) * limit / 60)  -- clocks may be set back
 end
 local function keep(what, value, limit)
   redis.call('HSET', KEYS[1], what, tostring(value), what .. '_at', string.format('%.6f', now))
@@ -85,10 +85,10 @@ if limit > 0 then keep('tokens', level('tokens', limit) - ARGV[2], limit) end
 """
 )
 
-# KEYS: leases. ARGV: lease (s), request.
+# KEYS: leases. ARGV: lease (s), request. It is added where it is missing: Redis may have come back empty.
 _RENEW = """
 local clock = redis.call('TIME')
-redis.call('ZADD', KEYS[1], 'XX', clock[1] + ARGV[1], ARGV[2])
+redis.call('ZADD', KEYS[1], clock[1] + ARGV[1], ARGV[2])
 redis.call('EXPIRE', KEYS[1], math.ceil(ARGV[1]))
 """
 
@@ -169,7 +169,7 @@ class Limits:
         while True:
             await asyncio.sleep(_LEASE_S / 3)
             for place, key in list(self._running.items()):
-                if key.max_concurrent is None or time.monotonic() < self._away_until:
+                if key.max_concurrent is None or place not in self._running or time.monotonic() < self._away_until:
                     continue
                 try:
                     await self._renew(keys=[self._leases(key)], args=[_LEASE_S, place])

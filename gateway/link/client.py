@@ -16,6 +16,11 @@ from gateway.messages import Cancel, Delta, GatewayStatus, StatusQuery, StepOutp
 
 log = logging.getLogger(__name__)
 
+SILENCE_S = 3.0
+"""A gateway that shows no sign of life for so long counts as lost."""
+_LOOKS = 3
+"""In so many looks in a row, lest it is this process that was held up."""
+
 
 class GatewayLostError(ConnectionError):
     """The gateway went away, or none is there; the message is one sentence."""
@@ -31,7 +36,9 @@ class GatewayClient:
         self._sequences: dict[str, asyncio.Queue[Delta | GatewayLostError]] = {}
         self._queries: dict[int, asyncio.Future[GatewayStatus]] = {}
         self._query_ids = itertools.count(1)
+        self._heard = True
         self._reader = asyncio.create_task(self._read(), name=f"gateway {address}")
+        self._watcher = asyncio.create_task(self._watch(), name=f"watch gateway {address}")
 
     @classmethod
     async def connect(cls, address: str, secret: bytes, fingerprint: str, timeout_s: float = 5.0) -> GatewayClient:
@@ -94,7 +101,8 @@ class GatewayClient:
     async def aclose(self) -> None:
         """Hang up; whoever still waits gets GatewayLostError."""
         self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
+        self._watcher.cancel()
+        await asyncio.gather(self._reader, self._watcher, return_exceptions=True)
         self._end("the connection was closed")
         await self._link.aclose()
 
@@ -111,11 +119,22 @@ class GatewayClient:
         reason = "it hung up"
         try:
             while (payload := await self._link.receive()) is not None:
+                self._heard = True
                 self._dispatch(payload)
         except (OSError, msgspec.DecodeError) as error:
             reason = str(error)
             log.warning("gateway at %s: %s", self.address, error)
         self._end(reason)
+        self._link.abort()
+
+    async def _watch(self) -> None:
+        """Give up on a gateway whose process hangs: nothing else would ever tell."""
+        silent = 0
+        while silent < _LOOKS:
+            await asyncio.sleep(SILENCE_S / _LOOKS)
+            silent = 0 if self._heard else silent + 1
+            self._heard = False
+        self._end(f"no sign of life for {SILENCE_S:g} s")
         self._link.abort()
 
     def _dispatch(self, payload: bytes) -> None:
@@ -132,6 +151,7 @@ class GatewayClient:
         """Tell everybody who waits, once."""
         if self._lost is not None:
             return
+        self._watcher.cancel()
         self._lost = GatewayLostError(f"The gateway at {self.address} was lost: {reason}.")
         for sequence in self._sequences.values():
             sequence.put_nowait(GatewayLostError(str(self._lost)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -17,7 +18,9 @@ log = logging.getLogger(__name__)
 
 _REFRESH_S = 2.0
 _FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 0.25
+_MOMENT_S = 0.25
+"""What gateways that answer take to do so."""
 _LOSSES = 3
 """A sequence that lost this many gateways in a row, without a token in between, may be what brings them down."""
 
@@ -28,11 +31,21 @@ Addresses = Callable[[], Awaitable[Sequence[str]]]
 class GatewayPool:
     """Chooses a gateway for each sequence and moves the sequence when its gateway is lost.
 
-    `patience_s` bounds how long a sequence waits for a gateway, each time it needs one. An async context manager.
+    `patience_s` bounds how long a new sequence waits for a gateway, `loyalty_s` how long one that lost its own does,
+    each time anew. An async context manager.
     """
 
-    def __init__(self, addresses: Addresses, secret: bytes, fingerprint: str, *, patience_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        addresses: Addresses,
+        secret: bytes,
+        fingerprint: str,
+        *,
+        patience_s: float = 30.0,
+        loyalty_s: float = 300.0,
+    ) -> None:
         self.patience_s = patience_s
+        self.loyalty_s = loyalty_s
         self._addresses = addresses
         self._secret = secret
         self._fingerprint = fingerprint
@@ -43,6 +56,7 @@ class GatewayPool:
         self._closing = False
         self._lock = asyncio.Lock()
         self._refreshing: asyncio.Task[None] | None = None
+        self._connecting: dict[str, asyncio.Task[None]] = {}
 
     async def __aenter__(self) -> GatewayPool:
         return self
@@ -52,9 +66,10 @@ class GatewayPool:
 
     async def aclose(self) -> None:
         """Hang up on every gateway."""
-        if self._refreshing is not None:
-            self._refreshing.cancel()
-            await asyncio.gather(self._refreshing, return_exceptions=True)
+        tasks = [*self._connecting.values(), *([self._refreshing] if self._refreshing else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(client.aclose() for client in self._clients.values()))
         self._clients.clear()
 
@@ -94,7 +109,15 @@ class GatewayPool:
             attempts += 1
             # A fresh id: the gateway may not have noticed yet that the connection before this one is gone.
             attempt = msgspec.structs.replace(submit, request_id=f"{submit.request_id}~{attempts}", emitted=emitted)
-            client = await self.client()
+            left = math.inf if ends is None else ends - time.monotonic()
+            patience = self.patience_s if attempts == 1 else self.loyalty_s
+            try:
+                client = await self.client(min(patience, left))
+            except GatewayLostError:
+                if self._closing or left > patience:
+                    raise
+                yield _late(attempt)
+                return
             if ends is not None:
                 attempt = msgspec.structs.replace(attempt, deadline_s=ends - time.monotonic())
             try:
@@ -142,7 +165,11 @@ class GatewayPool:
             await self._list()
             for address in [address for address, client in self._clients.items() if not client.alive]:
                 await self._clients.pop(address).aclose()
-            await asyncio.gather(*(self._connect(address) for address in self._listed if address not in self._clients))
+            for address in self._listed:
+                if address not in self._clients and address not in self._connecting:
+                    self._connecting[address] = asyncio.create_task(self._connect(address), name=f"connect {address}")
+            if self._connecting:  # one that hangs does not keep us from the others
+                await asyncio.wait(self._connecting.values(), timeout=_MOMENT_S)
             self._refreshed = time.monotonic()
 
     async def _list(self) -> None:
@@ -158,6 +185,13 @@ class GatewayPool:
         except OSError as error:
             self._failure = f"the gateway at {address} refused the connection ({str(error) or type(error).__name__})"
             log.info("%s", self._failure)
+        finally:
+            del self._connecting[address]
+
+
+def _late(submit: Submit) -> Delta:
+    sentence = "The request's deadline passed while there was no gateway for it."
+    return Delta(request_id=submit.request_id, token_ids=[], finish_reason="error", error=sentence, error_status=504)
 
 
 async def _status(client: GatewayClient) -> GatewayStatus | None:

@@ -15,11 +15,13 @@ from experts.wire.handshake import HandshakeError
 from gateway.link import framing
 from gateway.link.engine_thread import Engine, EngineThread
 from gateway.link.framing import Link, LinkError
-from gateway.messages import Cancel, Delta, GatewayStatus, StatusQuery, StepOutput, Submit
+from gateway.messages import Alive, Cancel, Delta, GatewayStatus, StatusQuery, StepOutput, Submit
 
 log = logging.getLogger(__name__)
 
 _HANDSHAKE_S = 5.0
+_BEAT_S = 0.5
+"""Between two signs of life; api processes give up on a gateway that shows none (`gateway.link.client`)."""
 
 
 class GatewayServer:
@@ -51,6 +53,7 @@ class GatewayServer:
         self._engine = EngineThread[Link](engine, self._deliver, self._engine_died, prepare)
         self._servers: list[asyncio.Server] = []
         self._connections: set[asyncio.StreamWriter] = set()
+        self._links: set[Link] = set()
         self._all_gone = asyncio.Event()
         self._all_gone.set()
 
@@ -62,6 +65,7 @@ class GatewayServer:
     async def __aenter__(self) -> GatewayServer:
         self._loop = asyncio.get_running_loop()
         self._engine.start()
+        self._beating = asyncio.create_task(self._beat(), name="signs-of-life")
         await self._listen(sockets.listen_unix())
         if self._tcp_host is not None:
             await self._listen(sockets.listen_tcp(self._tcp_host))
@@ -72,6 +76,7 @@ class GatewayServer:
 
     async def aclose(self) -> None:
         """Stop listening, hang up, end the engine's thread after the step under way."""
+        self._beating.cancel()
         self._hang_up()
         await self._all_gone.wait()
         await asyncio.to_thread(self._engine.stop)
@@ -118,11 +123,19 @@ class GatewayServer:
 
     async def _converse(self, link: Link) -> None:
         """Obey one api process until it hangs up, then stop what ran for it."""
+        self._links.add(link)
         try:
             while (payload := await link.receive()) is not None:
                 self._obey(link, payload)
         finally:
+            self._links.discard(link)
             self._engine.forget(link)
+
+    async def _beat(self) -> None:
+        frame = framing.pack(Alive())
+        while True:
+            _send_all([(link, frame) for link in self._links])
+            await asyncio.sleep(_BEAT_S)
 
     def _obey(self, link: Link, payload: bytes) -> None:
         try:

@@ -14,6 +14,8 @@ from placement.policy.section import Section
 class GatewayPolicy(Section):
     """The persistent side."""
 
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Gateways, each with its own KV cache; with two or more the others take over at once when one is lost."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto, cpu, cuda or cuda:N; `auto` takes CUDA where there is one."""
     threads: int = Field(default=0, ge=0)

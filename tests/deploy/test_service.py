@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from predictor.records import read_records
-from tests.deploy.served import EVERMOE, Served, serving
+from tests.deploy.served import EVERMOE, PROMPT, Served, serving
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.ray
@@ -144,6 +145,90 @@ def test_without_its_planner_everything_serves_on(served: Served) -> None:
     before = forecast_of(served)["made_at"]
     eventually(lambda: forecast_of(served)["made_at"] > before, 90, "another planner forecasts")
     assert forecast_of(served)["steps"] > 60  # the stream tells it what was before
+
+
+def named(served: Served, title: str) -> psutil.Process:
+    """The one process of the service that has `title` in its command line."""
+    children = psutil.Process(served.process.pid).children(recursive=True)
+    [found] = [child for child in children if title in " ".join(child.cmdline())]
+    return found
+
+
+def gateway_pid(served: Served) -> int:
+    return int(served.status()["gateways"][0]["pid"])
+
+
+def test_a_stream_goes_on_when_the_only_gateway_is_killed(served: Served) -> None:
+    expected = served.stream(120)
+    before = gateway_pid(served)
+
+    def kill(number: int) -> None:
+        if number == 20:
+            os.kill(before, signal.SIGKILL)
+
+    assert served.stream(120, kill) == expected
+    assert gateway_pid(served) != before
+
+
+@pytest.mark.parametrize("title", ["redis-server", "ServeController"])
+def test_without_what_only_directs_everything_serves_on_and_is_whole_again(served: Served, title: str) -> None:
+    served.wait_for_replicas()
+    expected, pids = served.stream(100), pids_of(served)
+
+    def kill(number: int) -> None:
+        if number == 10:
+            named(served, title).kill()
+
+    assert served.stream(100, kill) == expected
+    eventually(lambda: pids_of(served) == pids, 30, "every replica is in the directory, and the same as before")
+    assert served.stream(100) == expected
+
+
+def test_an_answer_outlives_its_api_process_for_a_client_with_a_key(served: Served) -> None:
+    body = {"model": "evermoe-tiny", "prompt": PROMPT, "max_tokens": 400, "seed": 9, "stream": True, "ignore_eos": True}
+    headers = {"Idempotency-Key": "once"}
+    expected = "".join(texts(httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).text.splitlines()))
+    got = ""
+    with (
+        contextlib.suppress(httpx.TransportError),
+        httpx.stream("POST", f"{served.url}/v1/completions", json=body, headers=headers, timeout=60) as answer,
+    ):
+        for number, text in enumerate(texts(answer.iter_lines())):
+            got += text
+            if number == 100:
+                named(served, "ServeReplica:evermoe:api").kill()
+    assert expected.startswith(got)
+    assert got != expected
+    eventually(served._healthy, 60, "the api is back")
+    again = httpx.post(f"{served.url}/v1/completions", json=body, headers=headers, timeout=60)
+    chunks = list(texts(again.text.splitlines()))
+    assert "".join(chunks) == expected
+    assert len(chunks[0]) > len(got) / 2, "what there was comes at once"
+
+
+def texts(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+
+
+def test_chaos_reports_pauses_and_nothing_else(served: Served, tmp_path: Path) -> None:
+    served.wait_for_replicas()
+    scenario, report = tmp_path / "short.yaml", tmp_path / "report.json"
+    scenario.write_text(
+        "seconds: 8\nload: {streams: 2, max_tokens: 60, requests: 4}\nevents:\n"
+        "  - {at: 1, do: kill, to: expert}\n  - {at: 2, do: stop, to: expert, seconds: 1}\n"
+        "  - {at: 4, do: corrupt, to: expert, count: all}\n  - {at: 5, do: kill, to: gateway}\n"
+    )
+    command = [EVERMOE, "chaos", str(scenario), "--url", served.url, "--out", str(report)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    kept = json.loads(report.read_text())
+    assert [happening["what"] for happening in kept["happenings"]] == [
+        "kill expert", "stop expert", "corrupt expert", "kill gateway"]  # fmt: skip
+    assert kept["errors"] == []
+    assert kept["changed"] == 0
+    assert kept["happenings"][3]["whole_after_s"] is not None
 
 
 def test_interrupting_it_lets_requests_finish_and_leaves_nothing_behind(served: Served, record: Path) -> None:

@@ -126,6 +126,50 @@ class TestPool:
             async with GatewayPool(addresses, SECRET, MODEL) as pool:
                 assert await tokens_of(pool, submit(max_tokens=40)) == expected((1, 2, 3), 40)
 
+    async def test_a_gateway_that_hangs_is_left_for_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("gateway.link.client.SILENCE_S", 0.3)
+        monkeypatch.setattr("gateway.link.server._BEAT_S", 0.02)
+        hung = asyncio.Event()
+
+        async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await framing.Link.accept(reader, writer, SECRET, MODEL, 5.0)
+            hung.set()
+            await reader.read()
+            writer.close()
+
+        listener = sockets.listen_unix()
+        listed = [sockets.address_of(listener)]
+
+        async def addresses() -> list[str]:
+            return listed
+
+        async with (
+            await asyncio.start_unix_server(hang, sock=listener),
+            serve(FakeEngine()) as spare,
+            GatewayPool(addresses, SECRET, MODEL) as pool,
+        ):
+            asking = asyncio.create_task(tokens_of(pool, submit()))
+            await hung.wait()
+            listed.append(spare.addresses[0])
+            assert await asking == expected((1, 2, 3), 5)
+
+    async def test_a_gateway_with_nothing_to_say_is_alive(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("gateway.link.client.SILENCE_S", 0.3)
+        monkeypatch.setattr("gateway.link.server._BEAT_S", 0.02)
+        engine = FakeEngine(paced=True)
+        async with serve(engine) as server:
+
+            async def addresses() -> list[str]:
+                return server.addresses
+
+            async with GatewayPool(addresses, SECRET, MODEL) as pool:
+                asking = asyncio.create_task(tokens_of(pool, submit()))
+                await asyncio.to_thread(engine.wait_until, lambda: engine.has_work)
+                await asyncio.sleep(0.6)  # longer than the silence that counts
+                engine.stop_pacing()
+                assert await asking == expected((1, 2, 3), 5)
+        assert len(engine.submitted) == 1
+
     async def test_a_request_waits_for_a_gateway_that_starts_late(self) -> None:
         listed: list[str] = []
         asked = asyncio.Event()
@@ -151,6 +195,15 @@ class TestPool:
             ) as caught:
                 await tokens_of(pool, submit())
         assert "\n" not in str(caught.value)
+
+    async def test_a_deadline_that_passes_without_a_gateway_is_told_as_such(self) -> None:
+        async def addresses() -> list[str]:
+            return []
+
+        async with GatewayPool(addresses, SECRET, MODEL) as pool:
+            request = msgspec.structs.replace(submit(), deadline_s=0.2)
+            [delta] = [delta async for delta in pool.generate(request)]
+        assert (delta.finish_reason, delta.error_status) == ("error", 504)
 
     async def test_a_request_that_takes_every_gateway_down_is_given_up(self) -> None:
         async def die_of_it(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -105,6 +105,29 @@ def test_a_watcher_and_a_lease_outlive_redis(tmp_path: Path, monkeypatch: pytest
         assert directory.replicas() == []
 
 
+def test_a_redis_that_comes_back_empty_is_told_again_what_everybody_knew(tmp_path: Path) -> None:
+    with RedisServer(tmp_path / "redis") as server:
+        owner, stranger = Directory(server.url, "test"), Directory(server.url, "test")
+        secret = owner.secret()
+        owner.publish("plan", b"as it was")
+        with Lease(owner, replica("a")):
+            os.kill(server.pid, signal.SIGKILL)
+            stranger.wait(10)
+            stranger.secret()  # perhaps drawn by one who came too early
+            eventually(lambda: [entry.id for entry in stranger.replicas()] == ["a"])
+            eventually(lambda: stranger.secret() == secret)
+            eventually(lambda: stranger.read("plan") == b"as it was")
+
+
+def test_a_redis_that_is_killed_is_started_again(tmp_path: Path) -> None:
+    with RedisServer(tmp_path / "redis") as server:
+        before = server.pid
+        os.kill(before, signal.SIGKILL)
+        eventually(lambda: server.pid != before)
+        Directory(server.url, "test").wait(10)
+    assert not (tmp_path / "redis").exists()
+
+
 def _count(directory: Directory) -> int:
     return len(directory.replicas())
 

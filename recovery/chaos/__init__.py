@@ -1,0 +1,1 @@
+"""Breaking a running service on purpose, and seeing what its clients notice."""
