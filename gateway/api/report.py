@@ -67,7 +67,7 @@ def _fleet(replicas: list[ReplicaEntry]) -> dict[str, Any]:
 
 def _gateways(answers: Sequence[GatewayStatus], entries: Sequence[GatewayEntry]) -> list[dict[str, Any]]:
     known = {entry.id: entry for entry in entries}
-    shown = ("pid", "node", "inline_rows", "inline_bytes", "inline_read_s", "inline_row_s", "call_s")
+    shown = ("pid", "node", "inline_read_s", "inline_row_s", "call_s")
     return [
         {**{key: getattr(known[answer.gateway], key) for key in shown}, **msgspec.to_builtins(answer)}
         for answer in answers

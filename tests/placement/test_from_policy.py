@@ -52,3 +52,7 @@ def test_replicas_that_share_cores_are_no_more_than_these(
     experts: dict[str, Any], units: int, cores: int, most: int
 ) -> None:
     assert round_settings(parse_policy({"experts": experts}, "p"), units, cores).max_replicas == most
+
+
+def test_a_gateway_that_computes_nothing_needs_one_of_each() -> None:
+    assert round_settings(Policy.model_validate({"gateway": {"inline": "never"}}), units=4).min_replicas == 1

@@ -61,3 +61,13 @@ def test_gateways_that_went_are_forgotten_once_they_are_silent(steps: list[LoadS
     loads.keep(["b"], now_s=102.0)
     assert loads.gateways == ["b"]
     assert loads.steps == 80
+
+
+def test_another_horizon_counts_from_the_next_forecast_on(steps: list[LoadStep]) -> None:
+    loads = followed(steps, "a")
+    near = loads.expected(100.5).rows.sum()
+    loads.look(2.0)
+    assert loads.expected(100.5).rows.sum() == 0, "what was expected was expected of another horizon"
+    for follower in loads.followers:
+        follower.forecast()
+    assert loads.expected(100.5).rows.sum() > 1.5 * near

@@ -20,9 +20,7 @@ from recovery.policies import start_policy
 from recovery.redis_server import RedisServer
 
 MODEL = ModelFacts(name="m", experts=12, layers=(1, 2), slice_bytes=1 << 20)
-GATEWAY = GatewayEntry(
-    id="g", pid=7, node="n", host="h", addresses=[], fingerprint="f", inline_rows=5, inline_bytes=9, call_s=0.001
-)
+GATEWAY = GatewayEntry(id="g", pid=7, node="n", host="h", addresses=[], fingerprint="f", call_s=0.001)
 
 
 @pytest.fixture
@@ -33,7 +31,14 @@ def directory(tmp_path: Path) -> Iterator[Directory]:
 
 def answer(**calls: dict[str, int]) -> GatewayStatus:
     return GatewayStatus(
-        query_id=1, gateway="g", running=2, waiting=3, kv_blocks_used=0, kv_blocks_total=9, expert_calls=calls
+        query_id=1,
+        gateway="g",
+        running=2,
+        waiting=3,
+        kv_blocks_used=0,
+        kv_blocks_total=9,
+        expert_calls=calls,
+        inline_rows=5,
     )
 
 
@@ -67,7 +72,7 @@ def test_units_stand_in_order_with_what_they_have_and_should_have(directory: Dir
     assert report["units"][0]["planned"] is None
     assert report["plan"] == {"epoch": 3, "made_at": 0.0, "reason": "all"}
     assert report["policy"]["version"] == 1
-    assert report["gateways"][0]["inline_rows"] == 5
+    assert (report["gateways"][0]["inline_rows"], report["gateways"][0]["call_s"]) == (5, 0.001)
     assert report["gateways"][0]["waiting"] == 3
 
 
