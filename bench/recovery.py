@@ -57,13 +57,15 @@ class Row:
 
 
 def _extra(outcome: Outcome, calm: Calm) -> list[float]:
-    """The longest gap behind each event, beyond an undisturbed step; in order."""
-    return sorted(happening.longest_gap_s - calm.gap_s for happening in outcome.happenings)
+    """The wait that each event caused, beyond an undisturbed step; in order."""
+    return sorted(happening.gap_s - calm.gap_s for happening in outcome.happenings)
 
 
 def _worst(outcome: Outcome, calm: Calm) -> str:
-    extra = _extra(outcome, calm)
-    return f"extra gap median {1000 * extra[len(extra) // 2]:.0f} ms, longest {1000 * extra[-1]:.0f} ms"
+    extra, later = _extra(outcome, calm), max(happening.longest_gap_s for happening in outcome.happenings)
+    return f"extra gap median {1000 * extra[len(extra) // 2]:.0f} ms, longest {1000 * extra[-1]:.0f} ms (later on " + (
+        f"{1000 * later:.0f} ms)"
+    )
 
 
 def _back(outcome: Outcome, calm: Calm) -> str:

@@ -29,11 +29,12 @@ def run_chaos(file: Path, url: str, seed: int | None, out: Path | None, console:
 
 
 def _print(outcome: Outcome, console: Console) -> None:
-    table = Table("at", "event", "hit", "longest gap", "whole again after")
+    table = Table("at", "event", "hit", "gap", "longest gap later", "whole again after")
     for happening in outcome.happenings:
         whole = "-" if happening.whole_after_s is None else f"{happening.whole_after_s:.1f} s"
         hit = happening.hit[0] if len(happening.hit) == 1 else f"{len(happening.hit)} processes"
-        table.add_row(f"{happening.at:.1f} s", happening.what, hit, f"{1000 * happening.longest_gap_s:.0f} ms", whole)
+        gaps = (f"{1000 * happening.gap_s:.0f} ms", f"{1000 * happening.longest_gap_s:.0f} ms")
+        table.add_row(f"{happening.at:.1f} s", happening.what, hit, *gaps, whole)
     console.print(table)
     console.print(
         f"{outcome.scenario['name']}: {outcome.requests} requests, {len(outcome.errors)} errors, {outcome.changed} "

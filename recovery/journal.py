@@ -44,6 +44,7 @@ class Kept:
 
     asked: bytes
     tokens: list[int]
+    attempt: str
 
 
 @dataclass(eq=False)
@@ -53,6 +54,8 @@ class Entry:
     place: str
     asked: bytes
     tokens: list[int]
+    before: str | None = None
+    """The attempt that this one goes on from; both are over with it."""
     attempt: str = field(default_factory=lambda: secrets.token_hex(8))
     written: int = -1
     """Tokens that Redis has; -1: it does not know the request."""
@@ -97,12 +100,12 @@ class Journal:
         except (RedisError, OSError) as error:
             self._away(error)
             return None
-        return Kept(asked, list(array.array("I", kept[: len(kept) // 4 * 4])))
+        return Kept(asked, list(array.array("I", kept[: len(kept) // 4 * 4])), attempt.decode())
 
     @contextlib.contextmanager
-    def entry(self, place: str, asked: bytes, tokens: Sequence[int] = ()) -> Iterator[Entry]:
-        """Keep a request while the context lasts; `tokens` are those it had already."""
-        entry = Entry(place, asked, list(tokens))
+    def entry(self, place: str, asked: bytes, tokens: Sequence[int] = (), before: str | None = None) -> Iterator[Entry]:
+        """Keep a request while the context lasts; `tokens` are those it had already, from the attempt `before`."""
+        entry = Entry(place, asked, list(tokens), before)
         if len(self._entries) < _MOST:
             self._entries.add(entry)
         try:
@@ -147,8 +150,9 @@ class Journal:
         """Add to `pipe` what Redis has to be told of `entry`; what it renews answers False where it is not there."""
         request, tokens = self._request(entry.place), self._tokens(entry.place, entry.attempt)
         if entry.ended:
-            if entry.written >= 0:
-                pipe.eval(_FORGET, 2, request, tokens, entry.attempt)
+            for attempt in (entry.before, entry.attempt if entry.written >= 0 else None):
+                if attempt is not None:
+                    pipe.eval(_FORGET, 2, request, self._tokens(entry.place, attempt), attempt)
             return
         if entry.written == size:
             return

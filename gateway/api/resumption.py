@@ -49,7 +49,8 @@ class ResumedSource:
         asked = msgspec.msgpack.encode(_Asked(self._body, msgspec.structs.replace(submit, emitted=[])))
         if submit.emitted:
             yield Delta(request_id=submit.request_id, token_ids=submit.emitted)
-        with self._journal.entry(place, asked, submit.emitted) as entry:
+        before = None if kept is None else kept.attempt
+        with self._journal.entry(place, asked, submit.emitted, before) as entry:
             async with aclosing(self._source.generate(submit)) as deltas:
                 async for delta in deltas:
                     if delta.finish_reason is None:  # its end is told with its last token, or not at all

@@ -14,12 +14,12 @@ from placement.policy.section import Section
 class GatewayPolicy(Section):
     """The persistent side."""
 
-    replicas: int = Field(default=1, ge=1, le=64)
-    """Gateways, each with its own KV cache; with two or more the others take over at once when one is lost."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto, cpu, cuda or cuda:N; `auto` takes CUDA where there is one."""
     threads: int = Field(default=0, ge=0)
     """Torch threads; 0 takes one per core."""
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Gateways, each with its own KV cache; with two or more the others take over at once when one is lost."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """Memory for cached keys and values, GiB."""
     max_batch_tokens: int = Field(default=512, ge=1)

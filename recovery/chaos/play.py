@@ -17,6 +17,7 @@ from recovery.chaos.service import Service, Target
 
 _WATCH_S = 8.0
 """So long after an event a gap between tokens may be its doing, unless another event comes before."""
+_SOON_S = 0.25
 _LOOK_S = 0.25
 
 
@@ -29,8 +30,10 @@ class Happening:
     hit: list[str]
     killed: list[int]
     """Processes; none of them is there any more when all is whole again."""
+    gap_s: float = 0.0
+    """The longest that a client who waited for its next token at that moment, or began to soon after, had to wait."""
     longest_gap_s: float = 0.0
-    """The longest a client waited for its next token behind the event."""
+    """The longest wait of all behind the event: that of processes that start again beside the others, too."""
     whole_after_s: float | None = None
     """Until everything that is planned was there again, looked at from outside; None: not before the end."""
 
@@ -157,6 +160,8 @@ def outcome_of(
     for happening, following in zip(happenings, [*starts, math.inf][1:], strict=True):
         until = min(happening.at + _WATCH_S, max(following, happening.at + 0.1))
         mine = [length for end, length in gaps if end > happening.at and end - length < until]
+        soon = [length for end, length in gaps if end > happening.at and end - length < happening.at + _SOON_S]
+        happening.gap_s = round(max(soon, default=0.0), 4)
         happening.longest_gap_s = round(max(mine, default=0.0), 4)
     return Outcome(
         scenario=scenario.model_dump(),
