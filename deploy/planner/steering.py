@@ -50,6 +50,8 @@ class Steering:
         self._started = time.monotonic()
         self._round: Round | None = None
         self._published: Plan | None = None
+        self._decided: Plan | None = None
+        self._epoch = 0
         self._members: frozenset[tuple[str, bool]] = frozenset()
         self._changed = threading.Event()
         self._watcher = Watcher(directory, self._look)
@@ -93,18 +95,22 @@ class Steering:
         except ProblemError as error:
             log.warning("no new plan, the last one stays: %s", error)
             return self._published
-        if decided is not self._published:
-            self._directory.publish(plan.DOCUMENT, plan.encode(structs.replace(decided, made_at=time.time())))
-            log.info("plan %d: %s", decided.epoch, decided.reason)
-            self._published = decided
-        return decided
+        if decided is not self._decided or self._directory.read(plan.DOCUMENT) is None:
+            now = time.time()
+            self._epoch = max(self._epoch + 1, int(now))  # grows also where Redis and planner lost their memory
+            self._published = structs.replace(decided, epoch=self._epoch, made_at=now)
+            self._directory.publish(plan.DOCUMENT, plan.encode(self._published))
+            log.info("plan %d: %s", self._epoch, decided.reason)
+            self._decided = decided
+        return self._published
 
     def _begin(self) -> bool:
         document = self._directory.read(plan.DOCUMENT)
         if document is None:
             return False
         try:
-            self._published = plan.decode(document)
+            self._published = self._decided = plan.decode(document)
+            self._epoch = self._published.epoch
         except msgspec.DecodeError as error:
             log.warning("an unreadable plan is replaced: %s", error)
         model = self._model

@@ -76,7 +76,7 @@ def test_it_goes_on_from_the_plan_there_is(directory: Directory, steering: Steer
     directory.put(replica("a", 0))
     decided = steering.steer(load())
     assert decided is not None
-    assert published(directory).epoch == decided.epoch == 8
+    assert published(directory).epoch == decided.epoch > FIRST.epoch
     assert [copy.layer for copy in (decided.copies or {})["a"]] == list(LAYERS)
 
 
@@ -97,6 +97,21 @@ def test_an_unchanged_load_publishes_nothing(directory: Directory, steering: Ste
     before = published(directory)
     steering.steer(load())
     assert published(directory) == before
+
+
+def test_a_redis_that_forgot_is_told_again_with_a_later_plan(directory: Directory, steering: Steering) -> None:
+    directory.put(replica("a", 0))
+    steering.steer(load())
+    before = published(directory)
+    directory._redis.delete(directory._key(plan.DOCUMENT))
+    steering.steer(load())
+    assert published(directory).epoch > before.epoch
+    directory._redis.delete(directory._key(plan.DOCUMENT))
+    directory.publish(plan.DOCUMENT, plan.encode(FIRST))  # as a gateway does
+    again = steering_of(directory)
+    again.steer(load(hot=1))
+    again.close()
+    assert published(directory).epoch >= before.epoch, "gateways ignore plans that are older than theirs"
 
 
 def test_rows_leave_a_replica_that_is_told_to_go(directory: Directory, steering: Steering) -> None:
