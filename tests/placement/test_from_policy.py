@@ -55,4 +55,4 @@ def test_replicas_that_share_cores_are_no_more_than_these(
 
 
 def test_a_gateway_that_computes_nothing_needs_one_of_each() -> None:
-    assert round_settings(Policy.model_validate({"gateway": {"inline": "never"}}), units=4).min_replicas == 1
+    assert round_settings(parse_policy({"gateway": {"inline": "never"}}, "p"), 4).min_replicas == 1
