@@ -170,6 +170,8 @@ class GatewayPool:
                     self._connecting[address] = asyncio.create_task(self._connect(address), name=f"connect {address}")
             if self._connecting:  # one that hangs does not keep us from the others
                 await asyncio.wait(self._connecting.values(), timeout=_MOMENT_S)
+            while self._connecting and not self.connected:
+                await asyncio.wait(self._connecting.values(), return_when=asyncio.FIRST_COMPLETED)
             self._refreshed = time.monotonic()
 
     async def _list(self) -> None:
