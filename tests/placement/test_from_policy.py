@@ -8,7 +8,7 @@ import pytest
 
 from placement.cost import Speed
 from placement.from_policy import round_settings
-from placement.policy import Policy, parse_policy
+from placement.policy import parse_policy
 
 
 def test_sizes_are_bytes_and_absent_bounds_are_none() -> None:
