@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ray
 
 POLICY = """
 experts:
-  replicas: 0
+  unit: {experts: 2}
   max_replicas: 2
   device: {kind: emulated, rows_per_s: 4000, weight_read_ms: 0.5}
   min_rows_per_replica: 1
@@ -64,25 +64,25 @@ def replicas(served: Served) -> list[int]:
 def leads(served: Served, *, first: bool) -> bool:
     """Whether experts 0-3 have more replicas than experts 4-7, or the other way round."""
     counts = replicas(served)
-    one, other = sum(counts[:4]), sum(counts[4:])
+    one, other = sum(counts[:2]), sum(counts[2:])
     return one > other if first else other > one
 
 
 def test_replicas_follow_the_load_and_the_answer_stays_the_same(served: Served) -> None:
-    expected = served.stream(400)
+    expected = served.stream(200)
     texts: list[str] = []
     ended = threading.Event()
 
     def client() -> None:
         while not ended.is_set():
-            texts.append(served.stream(400))
+            texts.append(served.stream(200))
 
     streaming = threading.Thread(target=client)
     streaming.start()
     try:
         for token in (FIRST, SECOND, FIRST):
             with load(served, token):
-                eventually(partial(leads, served, first=token == FIRST), 100, f"replicas follow token {token}")
+                eventually(partial(leads, served, first=token == FIRST), 150, f"replicas follow token {token}")
     finally:
         ended.set()
         streaming.join()
@@ -93,10 +93,10 @@ def test_replicas_follow_the_load_and_the_answer_stays_the_same(served: Served) 
 
 def test_idle_experts_go_to_zero_and_come_back_without_a_wait(served: Served) -> None:
     expected = served.stream(40)
-    eventually(lambda: not any(replicas(served)), 60, "idle experts go")
+    eventually(lambda: not any(replicas(served)), 90, "idle experts go")
     inline = served.calls()["inline"]
     assert served.stream(40) == expected
     assert served.calls()["inline"] > inline, "nobody waited for a replica"
     with load(served, FIRST):
-        eventually(lambda: any(replicas(served)), 60, "they come back")
+        eventually(lambda: any(replicas(served)), 90, "they come back")
     assert served.stream(40) == expected
