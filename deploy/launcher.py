@@ -37,6 +37,7 @@ _WORKER_ENVIRONMENT = {
 
 
 _WARM_POOL = "warm-pool"
+_OURS = ("TMPDIR", FOLDER)
 _POLL_S = 0.1
 _STOP_S = 15.0
 """What the application's deployments have to end once their last request has."""
@@ -178,9 +179,9 @@ def _start_ray(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes Ray starts. What the operator has set stays, but for TMPDIR."""
+    """Set environment variables for the processes Ray starts. What the operator has set stays, but for our folders."""
     before = dict(os.environ)
-    os.environ.update({key: value for key, value in values.items() if key == "TMPDIR" or key not in before})
+    os.environ.update({key: value for key, value in values.items() if key in _OURS or key not in before})
     try:
         yield
     finally:
