@@ -17,7 +17,7 @@ from predictor.samples import Samples
 Array = npt.NDArray[np.float32]
 
 _MOST_ROWS = 60_000  # (moment, expert) pairs a layer learns from
-_ROUNDS = 24
+_ROUNDS = 14
 _INPUTS = [i for i, name in enumerate(SHARES) if not name.startswith("queue_")]
 
 
