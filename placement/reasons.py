@@ -41,7 +41,7 @@ class UnitReason:
         if self.now > self.wanted:
             return f"{load}; {self.wanted} would do, if that holds for {self.settings.cool_down_s:g} s"
         if self.now and self.now == self.most:
-            return f"{load}; max_replicas allows no more than {self.most}"
+            return f"{load}; no more than {self.most} by max_replicas or the cores there are"
         return load if self.now else f"{load}; less than keeping the memory is worth, so the gateway computes them"
 
     def _kept(self) -> str:

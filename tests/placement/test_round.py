@@ -441,7 +441,7 @@ def test_reasons_are_words() -> None:
     assert plan.reason.startswith("evermoe: 6 replicas of 4 units, 12 copies of slices in")
     assert "layer 1 takes longest, 60.3 ms a step" in plan.reason
     assert plan.reasons["expert-0"] == (
-        "expert 0 gets 60 rows a step in layer 5, 60 ms of work; max_replicas allows no more than 3"
+        "expert 0 gets 60 rows a step in layer 5, 60 ms of work; no more than 3 by max_replicas or the cores there are"
     )
     calm = subject.decide(load(1, [1.0, 1.0, 1.0, 60.0]), one_each(), INLINE)
     assert calm.reasons["expert-0"].endswith("1 would do, if that holds for 10 s")
