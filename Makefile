@@ -13,7 +13,7 @@ serve: .venv/installed  ## Serve the default model on http://127.0.0.1:8000 (ARG
 	@exec $(BIN)/evermoe serve $(ARGS)
 
 test: .venv/installed-dev  ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-fast: .venv/installed-dev  ## Run the tests that need no Ray cluster
 	$(BIN)/python -m pytest -m "not ray" $(ARGS)
