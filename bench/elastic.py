@@ -58,7 +58,7 @@ def policy(method: str, speeds: Sequence[float], slice_bytes: int, slices: int, 
             "max_replicas": DEVICES, "memory_mib": round(each + 0.001, 3), "min_rows_per_replica": 1,
             "device": {"kind": "emulated", "rows_per_s": 800.0, "weight_read_ms": 5.0, "speeds": list(speeds)},
         },
-        "gateway": {"max_batch_tokens": 256, "max_running": 32},
+        "gateway": {"max_batch_tokens": 256, "max_running": 32, "prefix_caching": False},  # the same prompts come again
         "planner": {
             "method": method, "idle_to_zero_s": None, "memory_mib": round(each * DEVICES + 0.01, 3),
             "foresight": str(record) if method == "oracle" else None,
