@@ -21,7 +21,9 @@ def round_settings(policy: Policy, units: int, cores: int | None = None) -> Roun
     experts, planner = policy.experts, policy.planner
     most = experts.max_replicas
     if cores is not None and experts.device.kind == "real" and not (experts.resources.cpu or experts.resources.gpu):
-        most = min(most, max(experts.replicas, experts.min_replicas, cores // max(units, 1), 1))
+        # a gateway that prefers to compute itself has no use for replicas on its own cores but those it is told to have
+        helpful = 0 if policy.gateway.inline == "prefer" else max(cores // max(units, 1), 1)
+        most = min(most, max(experts.replicas, experts.min_replicas, helpful))
     device = experts.device
     emulated = None
     if device.rows_per_s is not None and device.weight_read_ms is not None:

@@ -56,3 +56,10 @@ def test_replicas_that_share_cores_are_no_more_than_these(
 
 def test_a_gateway_that_computes_nothing_needs_one_of_each() -> None:
     assert round_settings(parse_policy({"gateway": {"inline": "never"}}, "p"), 4).min_replicas == 1
+
+
+def test_a_gateway_that_prefers_itself_gets_no_more_replicas_on_its_cores_than_it_starts_with() -> None:
+    prefer = {"gateway": {"inline": "prefer"}}
+    assert round_settings(parse_policy({**prefer, "experts": {"replicas": 0}}, "p"), 2, cores=8).max_replicas == 0
+    assert round_settings(parse_policy({**prefer, "experts": {"replicas": 1}}, "p"), 2, cores=8).max_replicas == 1
+    assert round_settings(parse_policy(prefer, "p"), 2).max_replicas == 8
